@@ -1,0 +1,33 @@
+"""Context-parallel Qwen3-MoE inference modules for Ascend NPUs, and the same code on a CPU."""
+
+from qwen3cp import collectives, errors
+from qwen3cp.attention import CPQwen3MoeAttention
+from qwen3cp.decoder import CPQwen3MoeDecoderLayer
+from qwen3cp.hf_cache import PagedCacheAdapter
+from qwen3cp.kv_cache import PagedKVCache, Sequence
+from qwen3cp.model import CPQwen3MoeForCausalLM, CPQwen3MoeModel, register_auto
+from qwen3cp.moe import CPQwen3MoeMLP, CPQwen3MoeSparseMoeBlock
+from qwen3cp.parallel import CommConfig, ForwardPhase, ParallelContext
+from qwen3cp.plan import AttentionCall, ForwardPlan
+from qwen3cp.version import __version__
+
+__all__ = [
+    "AttentionCall",
+    "CPQwen3MoeAttention",
+    "CPQwen3MoeDecoderLayer",
+    "CPQwen3MoeForCausalLM",
+    "CPQwen3MoeMLP",
+    "CPQwen3MoeModel",
+    "CPQwen3MoeSparseMoeBlock",
+    "CommConfig",
+    "ForwardPhase",
+    "ForwardPlan",
+    "PagedCacheAdapter",
+    "PagedKVCache",
+    "ParallelContext",
+    "Sequence",
+    "__version__",
+    "collectives",
+    "errors",
+    "register_auto",
+]

@@ -1,0 +1,124 @@
+"""Attention of one layer, on this rank's rows and heads.
+
+Letters: T rows of this rank, R rows padded for the gather, N query heads, K KV heads, D head_dim,
+W = K * D; all of this TP rank. H hidden size.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional as F
+from transformers import Qwen3MoeConfig
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeAttention
+
+from qwen3cp import collectives
+from qwen3cp.config import check_supported, local_config
+from qwen3cp.kv_cache import LayerKV
+from qwen3cp.parallel import ParallelContext
+from qwen3cp.plan import ForwardPlan
+
+__all__ = ["CPQwen3MoeAttention"]
+
+
+class CPQwen3MoeAttention(Qwen3MoeAttention):
+    """Qwen3-MoE attention over a paged cache, split over CP rows and TP heads.
+
+    Parameters keep transformers' names and hold this TP rank's heads: q_proj [N*D, H], k_proj and
+    v_proj [W, H], o_proj [H, N*D]; q_norm and k_norm [D] are whole. An o_proj bias is whole too,
+    and added by TP rank 0 alone.
+    """
+
+    def __init__(
+        self, config: Qwen3MoeConfig, layer_idx: int, *, parallel_context: ParallelContext
+    ) -> None:
+        check_supported(config, parallel_context)
+        local = local_config(config, parallel_context)
+        super().__init__(local, layer_idx)
+        self.config = config
+        self.num_heads = local.num_attention_heads
+        self.num_kv_heads = local.num_key_value_heads
+        self.parallel_context = parallel_context
+
+    @torch.no_grad()
+    def forward(
+        self,
+        hidden: torch.Tensor,
+        *,
+        plan: ForwardPlan,
+        kv: LayerKV,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+    ) -> torch.Tensor:
+        """Writes the keys and values of all new tokens to the cache and attends to the visible.
+
+        Collective over cp_group (one gather, in PREFILL) and tp_group (one all-reduce). Runs
+        inside `parallel_context.forward(phase)`.
+
+        Args:
+            hidden: [T, H], normalised; T may be 0.
+            kv: this layer's part of the cache that the plan was made with.
+            position_embeddings: cos and sin, [1, T, 1, D], of the rows' positions.
+
+        Returns:
+            [T, H]
+        """
+        ctx = self.parallel_context
+        packed = hidden.new_empty(2, plan.padded_rows, self.num_kv_heads * self.head_dim)
+        key, value = packed[0, : plan.num_rows], packed[1, : plan.num_rows]
+        projected = self.k_proj(hidden)
+        key.copy_(self._norm_and_rotate(projected, self.k_norm, position_embeddings).flatten(1))
+        _linear_into(value, hidden, self.v_proj)
+        gather = collectives.kv_gather(packed, ctx)
+
+        # in flight: the gather
+        query = self._norm_and_rotate(self.q_proj(hidden), self.q_norm, position_embeddings)
+
+        torch.ops.npu.npu_scatter_nd_update_(kv.rows, plan.slots, gather.wait())
+        attended = self._attend(query, plan, kv)
+        bias = self.o_proj.bias if ctx.tp_rank == 0 else None
+        partial = F.linear(attended.flatten(1), self.o_proj.weight, bias)
+        return collectives.all_reduce(partial, ctx, in_place=True)
+
+    def _norm_and_rotate(
+        self,
+        projected: torch.Tensor,
+        norm: torch.nn.Module,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+    ) -> torch.Tensor:
+        """[T, heads * D] -> [T, heads, D]"""
+        cos, sin = position_embeddings
+        heads_TND = projected.view(projected.shape[0], -1, self.head_dim)
+        normed = torch.ops.npu.npu_rms_norm(heads_TND, norm.weight, norm.variance_epsilon)[0]
+        # as [1, T, heads, D]: the operator takes at most 999 batches, tokens go in its S axis
+        return torch.ops.npu.npu_rotary_mul(normed[None], cos, sin)[0]
+
+    def _attend(self, query_TND: torch.Tensor, plan: ForwardPlan, kv: LayerKV) -> torch.Tensor:
+        """[T, N, D] -> [T, N, D], in one call unless the plan had to split it."""
+        outputs = [
+            torch.ops.npu.npu_fused_infer_attention_score(
+                query_TND[call.start : call.stop],
+                kv.key,
+                kv.value,
+                atten_mask=kv.causal_mask,
+                actual_seq_lengths=call.query_ends,
+                actual_seq_lengths_kv=call.kv_lengths,
+                block_table=call.block_table,
+                num_heads=self.num_heads,
+                num_key_value_heads=self.num_kv_heads,
+                scale=self.scaling,
+                input_layout="TND",
+                sparse_mode=3,
+                block_size=kv.page_size,
+            )[0]
+            for call in plan.calls
+        ]
+        if not outputs:  # no rows: the operator takes none
+            return query_TND
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def _linear_into(out: torch.Tensor, x: torch.Tensor, linear: torch.nn.Linear) -> None:
+    """linear(x), written to `out` without a copy."""
+    if linear.bias is None:
+        torch.mm(x, linear.weight.t(), out=out)
+    else:
+        torch.addmm(linear.bias, x, linear.weight.t(), out=out)

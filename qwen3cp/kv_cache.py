@@ -1,0 +1,323 @@
+"""The paged KV cache: pages of 128 tokens, shared between sequences by reference count.
+
+Letters: L layers, P pages, B page size, W = local KV heads * head_dim.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+import torch
+
+from qwen3cp.errors import InputError, KVCacheFullError
+from qwen3cp.parallel import ForwardPhase, ParallelContext
+from qwen3cp.plan import ForwardPlan
+
+__all__ = ["LayerKV", "PagedKVCache", "Sequence"]
+
+DEFAULT_PAGE_SIZE = 128
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerKV:
+    """One layer's part of the cache: views, nothing is copied."""
+
+    rows: torch.Tensor
+    """[2 * P * B, W]: all key slots, then all value slots; what a plan's slots index."""
+    key: torch.Tensor
+    """[P, B, W]"""
+    value: torch.Tensor
+    """[P, B, W]"""
+    causal_mask: torch.Tensor
+    """bool [2048, 2048], True above the diagonal: the attention operator's fixed template."""
+
+    @property
+    def page_size(self) -> int:
+        return self.key.shape[1]
+
+
+class Sequence:
+    """A handle on the tokens of one sequence in a cache. Made by `new_sequence` and `fork`."""
+
+    def __init__(self, cache: PagedKVCache) -> None:
+        self._cache: PagedKVCache | None = cache
+        self._length = 0
+        self._pages: list[int] = []
+
+    @property
+    def length(self) -> int:
+        """Tokens in the cache."""
+        return self._length
+
+    @property
+    def pages(self) -> tuple[int, ...]:
+        """The pages that hold its tokens, in order; more than needed while a call is prepared."""
+        return tuple(self._pages)
+
+    def __repr__(self) -> str:
+        if self._cache is None:
+            return "Sequence(freed)"
+        return f"Sequence(length={self._length}, pages={self._pages})"
+
+
+class PagedKVCache:
+    """Keys and values of many sequences, in pages, for all layers of a rank.
+
+    Every CP rank holds all tokens of its TP rank's KV heads. Page 0 belongs to no sequence: the
+    padding rows of a gather are written there.
+
+    Not collective. The same calls in the same order give the same pages on every rank, which the
+    model's forwards rely on (and check).
+
+    Args:
+        num_pages: pages, page 0 included.
+        page_size: tokens of a page; the attention operator wants a multiple of 128, at most 512.
+        kv_width: W, this rank's KV heads * head_dim.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_layers: int,
+        num_pages: int,
+        kv_width: int,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        page_size: int = DEFAULT_PAGE_SIZE,
+    ) -> None:
+        if page_size % 128 or not 128 <= page_size <= 512:
+            raise InputError(f"page_size must be 128, 256, 384 or 512, got {page_size}")
+        if num_pages < 2:
+            raise InputError(f"num_pages must be at least 2 (page 0 is reserved), got {num_pages}")
+        self.page_size = page_size
+        self.num_pages = num_pages
+        # [L, K and V, slots, W]. Zeroed, so that nothing that was never written can be a NaN.
+        self._kv = torch.zeros(
+            num_layers, 2, num_pages * page_size, kv_width, dtype=dtype, device=device
+        )
+        self._causal_mask = torch.ones(2048, 2048, dtype=torch.bool, device=device).triu_(1)
+        self._free = list(range(num_pages - 1, 0, -1))  # taken from the end: lowest page first
+        self._references = [0] * num_pages
+
+    @property
+    def num_free_pages(self) -> int:
+        return len(self._free)
+
+    @property
+    def num_layers(self) -> int:
+        return self._kv.shape[0]
+
+    @property
+    def kv_width(self) -> int:
+        return self._kv.shape[-1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._kv.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self._kv.device
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of keys and values of this rank."""
+        return self._kv.numel() * self._kv.element_size()
+
+    def layer(self, index: int) -> LayerKV:
+        """The part of one layer, as the modules take it."""
+        kv = self._kv[index]
+        pages = kv.view(2, self.num_pages, self.page_size, kv.shape[-1])
+        return LayerKV(
+            rows=kv.view(-1, kv.shape[-1]),
+            key=pages[0],
+            value=pages[1],
+            causal_mask=self._causal_mask,
+        )
+
+    def new_sequence(self) -> Sequence:
+        """An empty sequence; it owns no page yet."""
+        return Sequence(self)
+
+    def fork(self, sequence: Sequence) -> Sequence:
+        """A new sequence with the same tokens. Full pages are shared, a partial one is copied.
+
+        Raises:
+            KVCacheFullError: the last page is partial and no page is free for its copy.
+        """
+        self.check([sequence])
+        partial = sequence.length % self.page_size != 0
+        if partial:
+            self._require(1, "fork a sequence")
+        twin = Sequence(self)
+        twin._length = sequence.length
+        twin._pages = sequence._pages[: self._pages_of(sequence.length)]
+        for page in twin._pages:
+            self._references[page] += 1
+        if partial:
+            self._own_last_page(twin)
+        return twin
+
+    def free(self, sequence: Sequence) -> None:
+        """Gives the sequence's pages back. It cannot be used afterwards."""
+        self.check([sequence])
+        self._release(sequence, 0)
+        sequence._length = 0
+        sequence._cache = None
+
+    def truncate(self, sequence: Sequence, length: int) -> None:
+        """Drops the tokens from position `length` on, and the pages that only they used."""
+        self.check([sequence])
+        if not 0 <= length <= sequence.length:
+            raise InputError(f"cannot truncate a sequence of {sequence.length} tokens to {length}")
+        sequence._length = length
+        self._release(sequence, self._pages_of(length))
+
+    def reserve(self, sequences: Seq[Sequence], new_lengths: Seq[int]) -> None:
+        """Gives the sequences pages for so many new tokens each. All of them or none.
+
+        A reservation is kept until the tokens are committed, or it is cancelled; reserving again
+        for as many tokens does nothing.
+
+        Raises:
+            KVCacheFullError: too few free pages; nothing was reserved.
+            InputError: a sequence that was freed, is of another cache, or is given twice.
+        """
+        self.check(sequences)
+        wanted = [
+            self._pages_of(s.length + n) - len(s._pages)
+            for s, n in zip(sequences, new_lengths, strict=True)
+        ]
+        writers = Counter(page for s in sequences if (page := self._open_page(s)) is not None)
+        # of the writers of one page, the last may keep it if nobody else holds it
+        copies = sum(min(n, self._references[page] - 1) for page, n in writers.items())
+        self._require(
+            sum(max(0, n) for n in wanted) + copies, f"hold {sum(new_lengths)} more tokens"
+        )
+        for sequence, count in zip(sequences, wanted, strict=True):
+            page = self._open_page(sequence)
+            if page is not None and self._references[page] > 1:
+                self._own_last_page(sequence)
+            sequence._pages.extend(self._take() for _ in range(count))
+
+    def commit(self, sequences: Seq[Sequence], new_lengths: Seq[int]) -> None:
+        """Counts new tokens whose keys and values every layer has written to reserved pages."""
+        self.check(sequences)
+        for sequence, new in zip(sequences, new_lengths, strict=True):
+            if self._pages_of(sequence.length + new) > len(sequence._pages):
+                raise InputError(f"{new} tokens were not reserved for {sequence}")
+        for sequence, new in zip(sequences, new_lengths, strict=True):
+            sequence._length += new
+
+    def cancel(self, sequences: Seq[Sequence]) -> None:
+        """Gives back the pages that were reserved for tokens that are not committed."""
+        self.check(sequences)
+        for sequence in sequences:
+            self._release(sequence, self._pages_of(sequence.length))
+
+    def plan(
+        self,
+        sequences: Seq[Sequence],
+        new_lengths: Seq[int],
+        phase: ForwardPhase,
+        ctx: ParallelContext,
+    ) -> ForwardPlan:
+        """Reserves pages for new tokens and plans this rank's part of their forward.
+
+        Not collective; every rank makes the same call. The tokens count once `commit` is called.
+
+        Returns:
+            The plan, its tensors on the cache's device.
+        """
+        if len(sequences) != len(new_lengths):
+            raise InputError(f"{len(sequences)} sequences, but {len(new_lengths)} new lengths")
+        if not sequences:
+            raise InputError("a forward needs at least one sequence, got an empty batch")
+        for i, new in enumerate(new_lengths):
+            if new < 1:
+                raise InputError(f"sequence {i} has {new} new tokens; it needs at least one")
+        self.reserve(sequences, new_lengths)
+        return ForwardPlan.build(
+            new_lengths,
+            cached_lengths=[s.length for s in sequences],
+            block_tables=[s._pages for s in sequences],
+            num_pages=self.num_pages,
+            page_size=self.page_size,
+            phase=phase,
+            cp_rank=ctx.cp_rank,
+            cp_size=ctx.cp_size,
+        ).to(self._kv.device)
+
+    def grow(self, num_pages: int) -> None:
+        """Makes the pool larger, to `num_pages`; copies what it holds. Layer views go stale."""
+        if num_pages < self.num_pages:
+            raise InputError(f"the cache has {self.num_pages} pages already, got {num_pages}")
+        layers, two, _, width = self._kv.shape
+        grown = self._kv.new_zeros(layers, two, num_pages * self.page_size, width)
+        grown[:, :, : self._kv.shape[2]] = self._kv
+        self._kv = grown
+        self._free[:0] = range(num_pages - 1, self.num_pages - 1, -1)
+        self._references += [0] * (num_pages - self.num_pages)
+        self.num_pages = num_pages
+
+    def read(self, sequence: Sequence, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Copies of the keys (rotated) and values of a sequence: both [length, W]."""
+        self.check([sequence])
+        kv = self.layer(layer)
+        pages = torch.tensor(sequence._pages, device=self._kv.device, dtype=torch.int64)
+        keys, values = (part[pages].flatten(0, 1)[: sequence.length] for part in (kv.key, kv.value))
+        return keys, values
+
+    def check(self, sequences: Seq[Sequence]) -> None:
+        """Raises InputError unless all are different, living sequences of this cache."""
+        for i, sequence in enumerate(sequences):
+            if not isinstance(sequence, Sequence):
+                raise InputError(f"sequence {i} is a {type(sequence).__name__}, not a Sequence")
+            if sequence._cache is None:
+                raise InputError(f"sequence {i} was freed")
+            if sequence._cache is not self:
+                raise InputError(f"sequence {i} belongs to another cache")
+        if len({id(s) for s in sequences}) != len(sequences):
+            raise InputError("a sequence is given twice in one call; fork it instead")
+
+    def _pages_of(self, length: int) -> int:
+        return -(-length // self.page_size)
+
+    def _open_page(self, sequence: Sequence) -> int | None:
+        """The page, already in use, that the sequence's next token goes to, if there is one."""
+        full, partial = divmod(sequence.length, self.page_size)
+        return sequence._pages[full] if partial else None
+
+    def _own_last_page(self, sequence: Sequence) -> None:
+        """Replaces the page of the sequence's last token by a copy of its own."""
+        last = self._pages_of(sequence.length) - 1
+        source, target = sequence._pages[last], self._take()
+        size = self.page_size
+        self._kv[:, :, target * size : (target + 1) * size] = self._kv[
+            :, :, source * size : (source + 1) * size
+        ]
+        self._references[source] -= 1
+        sequence._pages[last] = target
+
+    def _take(self) -> int:
+        page = self._free.pop()
+        self._references[page] = 1
+        return page
+
+    def _release(self, sequence: Sequence, keep: int) -> None:
+        """Gives back all pages of a sequence but the first `keep`."""
+        while len(sequence._pages) > keep:
+            page = sequence._pages.pop()
+            self._references[page] -= 1
+            if self._references[page] == 0:
+                self._free.append(page)
+
+    def _require(self, pages: int, what: str) -> None:
+        if pages > len(self._free):
+            raise KVCacheFullError(
+                f"{pages} pages of {self.page_size} tokens are needed to {what}, but only "
+                f"{len(self._free)} of {self.num_pages - 1} are free: free sequences, or make the "
+                "cache larger (max_tokens or num_pages of new_kv_cache)"
+            )

@@ -1,0 +1,108 @@
+"""The MLP of one layer: experts, or a dense MLP, cut over TP.
+
+Letters: T rows of this rank, H hidden size, E experts, k experts a token, I this TP rank's share
+of an expert's (or the dense MLP's) intermediate size.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional as F
+from transformers import Qwen3MoeConfig
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeMLP, Qwen3MoeSparseMoeBlock
+
+from qwen3cp import collectives
+from qwen3cp.config import check_supported, local_config
+from qwen3cp.parallel import ParallelContext, div_even
+
+__all__ = ["CPQwen3MoeMLP", "CPQwen3MoeSparseMoeBlock"]
+
+
+class CPQwen3MoeMLP(Qwen3MoeMLP):
+    """A dense MLP: gate_proj and up_proj [I, H], down_proj [H, I], summed over TP alone.
+
+    CP ranks hold other tokens and the same weights, so nothing is summed over them.
+    """
+
+    def __init__(
+        self,
+        config: Qwen3MoeConfig,
+        intermediate_size: int | None = None,
+        *,
+        parallel_context: ParallelContext,
+    ) -> None:
+        check_supported(config, parallel_context)
+        whole = config.intermediate_size if intermediate_size is None else intermediate_size
+        super().__init__(config, div_even(whole, parallel_context.tp_size, "intermediate_size"))
+        self.parallel_context = parallel_context
+
+    @torch.no_grad()
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[T, H] -> [T, H]. Collective over tp_group (one all-reduce)."""
+        rows = hidden.shape[0]
+        gate_up = hidden.new_empty(2 * rows, self.intermediate_size)  # gate rows, then up rows
+        torch.mm(hidden, self.gate_proj.weight.t(), out=gate_up[:rows])
+        torch.mm(hidden, self.up_proj.weight.t(), out=gate_up[rows:])
+        activated = torch.ops.npu.npu_swiglu(gate_up, 0)
+        partial = F.linear(activated, self.down_proj.weight)
+        return collectives.all_reduce(partial, self.parallel_context, in_place=True)
+
+
+class CPQwen3MoeSparseMoeBlock(Qwen3MoeSparseMoeBlock):
+    """All experts on every TP rank, each cut: gate_up_proj [E, 2I, H], down_proj [E, H, I].
+
+    The router, gate.weight [E, H], is whole.
+    """
+
+    def __init__(self, config: Qwen3MoeConfig, *, parallel_context: ParallelContext) -> None:
+        check_supported(config, parallel_context)
+        super().__init__(local_config(config, parallel_context))
+        self.parallel_context = parallel_context
+
+    @torch.no_grad()
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[T, H] -> [T, H]. Collective over tp_group (one all-reduce)."""
+        if hidden.shape[0] == 0:  # and so on every TP rank, which hold the same rows
+            return hidden
+        weights_Tk, experts_Tk = self._route(hidden)
+        num_experts = self.gate.num_experts
+        rows, row_of_choice, counts, _ = torch.ops.npu.npu_moe_init_routing_v2(
+            hidden,
+            experts_Tk,
+            active_num=experts_Tk.numel(),
+            expert_num=num_experts,
+            # The operator's own defaults of these are refused by CANN 8.5, and its default range
+            # is that of the first call of the process.
+            expert_tokens_num_type=1,
+            expert_tokens_num_flag=True,
+            active_expert_range=[0, num_experts],
+            quant_mode=-1,
+        )
+        gate_up = _grouped_matmul(rows, self.experts.gate_up_proj, counts)
+        down = _grouped_matmul(torch.ops.npu.npu_swiglu(gate_up), self.experts.down_proj, counts)
+        partial = torch.ops.npu.npu_moe_token_unpermute(down, row_of_choice, weights_Tk)
+        return collectives.all_reduce(partial, self.parallel_context, in_place=True)
+
+    def _route(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weights (float32) and ids (int32) of each token's experts, both [T, k]."""
+        logits = F.linear(hidden, self.gate.weight).float()
+        weights, experts, _ = torch.ops.npu.npu_moe_gating_top_k_softmax(
+            logits, None, self.gate.top_k
+        )
+        if self.gate.norm_topk_prob:  # the operator does not
+            weights = weights / weights.sum(-1, keepdim=True)
+        return weights, experts
+
+
+def _grouped_matmul(
+    rows: torch.Tensor, weight_EOI: torch.Tensor, counts: torch.Tensor
+) -> torch.Tensor:
+    """Rows sorted by expert, [M, in], times each expert's [out, in]: [M, out]."""
+    return torch.ops.npu.npu_grouped_matmul(
+        [rows],
+        [weight_EOI.transpose(1, 2)],
+        group_list=counts,
+        group_list_type=1,
+        group_type=0,
+        split_item=2,
+    )[0]

@@ -1,0 +1,491 @@
+"""Mixture of experts: choosing experts, sorting rows by expert, grouped products, summing up.
+
+N tokens, K experts a token, E experts, H hidden size. Every (token, choice) pair has the flat
+index token * K + choice.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qwen3cp.ops.checks import (
+    Kernel,
+    check_dtype,
+    check_float,
+    check_shape,
+    poison_unwritten_,
+    refuse,
+)
+
+_GATING = "npu_moe_gating_top_k_softmax"
+_ROUTING = "npu_moe_init_routing_v2"
+_GROUPED = "npu_grouped_matmul"
+_SWIGLU = "npu_swiglu"
+_UNPERMUTE = "npu_moe_token_unpermute"
+
+# expert_tokens_num_type of npu_moe_init_routing_v2
+COUNTS = 1
+KEY_VALUE = 2
+
+# dtype arguments reach a kernel as these numbers
+_DTYPE_NUMBERS = {torch.float32: 6, torch.bfloat16: 15}
+
+
+# ---------------------------------------------------------------------------------------- gating
+
+
+def _check_gating(x: Tensor, finished: Tensor | None, k: int) -> None:
+    check_float(_GATING, x=x)
+    if x.dim() not in (2, 3):
+        raise ValueError(f"{_GATING}: x must have 2 or 3 dimensions, not {x.dim()}")
+    if not 1 <= k <= min(1024, x.shape[-1]):
+        raise ValueError(f"{_GATING}: k={k} must be in 1..1024 and at most E={x.shape[-1]}")
+    if finished is not None:
+        check_dtype(_GATING, "finished", finished, torch.bool)
+        check_shape(_GATING, "finished", finished, tuple(x.shape[:-1]))
+
+
+def gating_top_k_softmax(
+    x: Tensor, finished: Tensor | None = None, k: int = 1
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the K largest softmax weights (not renormalised), their experts, and row indices.
+
+    The order is descending; of equal weights the lower expert comes first. Row indices count
+    choice-major: token i, choice c has c * N + i. A finished token gets expert E, which is none.
+    """
+    _check_gating(x, finished, k)
+    weights, experts = x.float().softmax(-1).sort(dim=-1, descending=True, stable=True)
+    experts = experts[..., :k].to(torch.int32)
+    if finished is not None:
+        experts.masked_fill_(finished.unsqueeze(-1), x.shape[-1])
+    row_idx = torch.arange(experts.numel(), dtype=torch.int32).view(k, -1).t()
+    return weights[..., :k].to(x.dtype), experts, row_idx.reshape(experts.shape)
+
+
+def _gating_top_k_softmax_meta(
+    x: Tensor, finished: Tensor | None = None, k: int = 1
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check_gating(x, finished, k)
+    shape = (*x.shape[:-1], k)
+    experts = x.new_empty(shape, dtype=torch.int32)
+    return x.new_empty(shape), experts, torch.empty_like(experts)
+
+
+# --------------------------------------------------------------------------------------- routing
+
+
+def _check_routing(
+    x: Tensor,
+    expert_idx: Tensor,
+    *,
+    scale: Tensor | None = None,
+    offset: Tensor | None = None,
+    active_num: int = -1,
+    expert_capacity: int = -1,  # of drop_pad_mode 1 only
+    expert_num: int = -1,
+    drop_pad_mode: int = 0,
+    expert_tokens_num_type: int = 0,
+    expert_tokens_num_flag: bool = False,
+    quant_mode: int = -1,
+    active_expert_range: Sequence[int] = (),
+    row_idx_type: int = 0,
+    x_dtype: int | None = None,
+) -> tuple[int, int, Tensor | None, bool, int, int, int]:
+    """Accept what CANN 8.5 accepts, which is less than the schema's defaults promise."""
+    refuse(_ROUTING, x_dtype=x_dtype)
+    if offset is not None:
+        raise ValueError(f"{_ROUTING}: offset belongs to quant_mode 0, which CANN does not accept")
+    check_dtype(_ROUTING, "x", x, torch.bfloat16, torch.float32, torch.int8)
+    check_dtype(_ROUTING, "expert_idx", expert_idx, torch.int32)
+    if (
+        x.dim() != 2
+        or expert_idx.dim() != 2
+        or x.shape[0] != expert_idx.shape[0]
+        or expert_idx.shape[1] == 0
+    ):
+        raise ValueError(
+            f"{_ROUTING}: x must be (N, H) and expert_idx (N, K) with K at least 1, "
+            f"not {tuple(x.shape)} and {tuple(expert_idx.shape)}"
+        )
+    if active_num != -1 and active_num != expert_idx.numel():
+        raise ValueError(
+            f"{_ROUTING}: CANN accepts active_num -1 or N*K={expert_idx.numel()}, not {active_num}"
+        )
+    if drop_pad_mode != 0:
+        raise ValueError(f"{_ROUTING}: CANN accepts drop_pad_mode 0 only, not {drop_pad_mode}")
+    if expert_tokens_num_type not in (COUNTS, KEY_VALUE):
+        raise ValueError(
+            f"{_ROUTING}: CANN accepts expert_tokens_num_type 1 (counts) or 2 (key-value), "
+            f"not {expert_tokens_num_type}; the default is not accepted"
+        )
+    if not expert_tokens_num_flag:
+        raise ValueError(f"{_ROUTING}: CANN accepts expert_tokens_num_flag=True only")
+    if quant_mode not in (-1, 1):
+        raise ValueError(f"{_ROUTING}: CANN accepts quant_mode -1 or 1, not {quant_mode}")
+    if len(active_expert_range) != 2:
+        raise ValueError(
+            f"{_ROUTING}: active_expert_range must be given as [start, end]; the default is "
+            "remembered from the first call of the process"
+        )
+    start, end = active_expert_range
+    if not 0 <= start < end <= expert_num:
+        raise ValueError(
+            f"{_ROUTING}: active_expert_range must satisfy 0 <= start < end <= expert_num, "
+            f"not [{start}, {end}] with expert_num={expert_num}"
+        )
+    if row_idx_type not in (0, 1):
+        raise ValueError(f"{_ROUTING}: row_idx_type must be 0 or 1, not {row_idx_type}")
+    if quant_mode == 1 and x.dtype == torch.int8:
+        raise TypeError(f"{_ROUTING}: x is int8 already, quant_mode must be -1")
+    if scale is not None:
+        check_dtype(_ROUTING, "scale", scale, torch.float32)
+        if quant_mode == -1:
+            check_shape(_ROUTING, "scale", scale, (x.shape[0],))
+        elif scale.dim() != 2 or scale.shape[0] != 1:
+            check_shape(_ROUTING, "scale", scale, (end - start, x.shape[1]))
+        else:
+            check_shape(_ROUTING, "scale", scale, (1, x.shape[1]))
+    return start, end, scale, quant_mode == 1, expert_tokens_num_type, row_idx_type, expert_num
+
+
+def init_routing_v2(
+    x: Tensor, expert_idx: Tensor, **options
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Sort the rows of x by expert: (expanded_x, expanded_row_idx, expert_tokens, expanded_scale).
+
+    Only pairs whose expert is in active_expert_range take part; they fill the first rows of
+    expanded_x, by expert and then by flat index, and the rest is left unwritten. With
+    row_idx_type 0, expanded_row_idx holds each pair's row (-1 if inactive); with 1, each row's
+    pair. Example, two experts a token, all four active:
+
+        expert_idx [[2, 0], [0, 3], [2, 1]]   rows of x 0, 1, 2, 0, 2, 1   counts [2, 1, 2, 1]
+        expanded_row_idx [3, 0, 1, 5, 4, 2]
+    """
+    start, end, scale, quantise, num_type, row_idx_type, expert_num = _check_routing(
+        x, expert_idx, **options
+    )
+    num_pairs = expert_idx.numel()
+    flat = expert_idx.reshape(-1)
+    is_active = (flat >= start) & (flat < end)
+    experts, order = torch.where(is_active, flat, end).sort(stable=True)
+    active = int(is_active.sum())
+    experts, order = experts[:active], order[:active]
+    tokens = order // expert_idx.shape[1]
+
+    expanded_scale = torch.empty(num_pairs, dtype=torch.float32)
+    if quantise:
+        expanded_x = torch.empty(num_pairs, x.shape[1], dtype=torch.int8)
+        rows = x[tokens].float()
+        if scale is not None:
+            rows *= scale if scale.shape[0] == 1 else scale[experts - start]
+        expanded_x[:active], expanded_scale[:active] = _routing_quant(rows)
+    else:
+        expanded_x = x.new_empty(num_pairs, x.shape[1])
+        expanded_x[:active] = x[tokens]
+        if scale is not None:
+            expanded_scale[:active] = scale[tokens]
+        else:
+            poison_unwritten_(expanded_scale)
+    poison_unwritten_(expanded_x[active:])
+    poison_unwritten_(expanded_scale[active:])
+
+    if row_idx_type == 0:
+        expanded_row_idx = torch.full((num_pairs,), -1, dtype=torch.int32)
+        expanded_row_idx[order] = torch.arange(active, dtype=torch.int32)
+    else:
+        expanded_row_idx = torch.empty(num_pairs, dtype=torch.int32)
+        expanded_row_idx[:active] = order.to(torch.int32)
+        poison_unwritten_(expanded_row_idx[active:])
+
+    counts = torch.bincount(experts - start, minlength=end - start)
+    if num_type == COUNTS:
+        return expanded_x, expanded_row_idx, counts, expanded_scale
+    return expanded_x, expanded_row_idx, _key_value(counts, start, expert_num), expanded_scale
+
+
+def _key_value(counts: Tensor, start: int, expert_num: int) -> Tensor:
+    """(expert, count) for each expert with rows, then one pair of zeros; the rest is unwritten."""
+    busy = counts.nonzero().squeeze(1)
+    pairs = torch.empty(expert_num, 2, dtype=torch.int64)
+    pairs[: len(busy)] = torch.stack((busy + start, counts[busy]), dim=1)
+    pairs[len(busy) : len(busy) + 1] = 0
+    poison_unwritten_(pairs[len(busy) + 1 :])
+    return pairs
+
+
+def _routing_quant(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Per-row int8 in the rounding of this operator, which is not that of npu_dynamic_quant.
+
+    The quotient is truncated to float16, then rounded half away from zero.
+    """
+    scale = rows.abs().amax(-1, keepdim=True) / 127.0
+    quotient = (rows / scale).nan_to_num_(0.0)
+    half = quotient.half()
+    # Halves are sign and magnitude: one less in the bits is the next value towards zero.
+    half.view(torch.int16).sub_((half.float().abs() > quotient.abs()).to(torch.int16))
+    magnitude = (half.float().abs() + 0.5).floor()
+    return magnitude.copysign(quotient).to(torch.int8), scale.squeeze(-1)
+
+
+def _init_routing_v2_meta(
+    x: Tensor, expert_idx: Tensor, **options
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    start, end, _, quantise, num_type, _, expert_num = _check_routing(x, expert_idx, **options)
+    num_pairs = expert_idx.numel()
+    tokens_shape = (end - start,) if num_type == COUNTS else (expert_num, 2)
+    return (
+        x.new_empty(num_pairs, x.shape[1], dtype=torch.int8 if quantise else x.dtype),
+        x.new_empty(num_pairs, dtype=torch.int32),
+        x.new_empty(tokens_shape, dtype=torch.int64),
+        x.new_empty(num_pairs, dtype=torch.float32),
+    )
+
+
+# ------------------------------------------------------------------------------- grouped product
+
+
+def _check_grouped_matmul(
+    x: Sequence[Tensor],
+    weight: Sequence[Tensor],
+    *,
+    bias: Sequence[Tensor] | None = None,
+    scale: Sequence[Tensor] | None = None,
+    offset: Sequence[Tensor] | None = None,
+    antiquant_scale: Sequence[Tensor] | None = None,
+    antiquant_offset: Sequence[Tensor] | None = None,
+    per_token_scale: Sequence[Tensor] | None = None,
+    group_list: Tensor | None = None,
+    activation_input: Sequence[Tensor] | None = None,
+    activation_quant_scale: Sequence[Tensor] | None = None,
+    activation_quant_offset: Sequence[Tensor] | None = None,
+    split_item: int | None = 0,
+    group_type: int | None = None,
+    group_list_type: int | None = 0,
+    act_type: int | None = 0,
+    tuning_config: Sequence[int] | None = None,  # a hint for the NPU's tiling
+    output_dtype: int | None = None,
+    x_dtype: int | None = None,
+    weight_dtype: int | None = None,
+    scale_dtype: int | None = None,
+    per_token_scale_dtype: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor, bool]:
+    refuse(
+        _GROUPED,
+        scale=scale,
+        offset=offset,
+        antiquant_scale=antiquant_scale,
+        antiquant_offset=antiquant_offset,
+        per_token_scale=per_token_scale,
+        activation_input=activation_input,
+        activation_quant_scale=activation_quant_scale,
+        activation_quant_offset=activation_quant_offset,
+        x_dtype=x_dtype,
+        weight_dtype=weight_dtype,
+        scale_dtype=scale_dtype,
+        per_token_scale_dtype=per_token_scale_dtype,
+    )
+    if group_type is None:
+        raise ValueError(f"{_GROUPED}: group_type must be passed (0 splits the rows of x)")
+    if group_type != 0:
+        raise NotImplementedError(f"{_GROUPED}: group_type must be 0, not {group_type}")
+    if split_item not in (2, 3):
+        raise NotImplementedError(f"{_GROUPED}: split_item must be 2 or 3, not {split_item}")
+    if group_list_type not in (0, 1):
+        raise NotImplementedError(
+            f"{_GROUPED}: group_list_type must be 0 (cumulative) or 1 (counts), "
+            f"not {group_list_type}; pairs (2) are for int8 only"
+        )
+    if act_type != 0:
+        raise NotImplementedError(f"{_GROUPED}: act_type must be 0, not {act_type}")
+    if len(x) != 1 or len(weight) != 1:
+        raise NotImplementedError(
+            f"{_GROUPED}: x and weight must be lists of one tensor, not {len(x)} and {len(weight)}"
+        )
+    rows, experts = x[0], weight[0]
+    check_float(_GROUPED, x=rows, weight=experts)
+    if rows.dim() != 2 or experts.dim() != 3 or rows.shape[1] != experts.shape[1]:
+        raise ValueError(
+            f"{_GROUPED}: x must be (M, K) and weight (E, K, N), "
+            f"not {tuple(rows.shape)} and {tuple(experts.shape)}"
+        )
+    num_experts, _, width = experts.shape
+    if max(rows.shape[1], width) >= 65536:
+        raise ValueError(f"{_GROUPED}: K={rows.shape[1]} and N={width} must be below 65536")
+    if not rows.is_contiguous():
+        raise ValueError(f"{_GROUPED}: x must be contiguous")
+    if output_dtype not in (None, _DTYPE_NUMBERS[rows.dtype]):
+        raise NotImplementedError(f"{_GROUPED}: output_dtype must be None or that of x")
+    if group_list is None:
+        raise ValueError(f"{_GROUPED}: group_list must be given")
+    check_dtype(_GROUPED, "group_list", group_list, torch.int64)
+    check_shape(_GROUPED, "group_list", group_list, (num_experts,))
+    if num_experts > 1024:
+        raise ValueError(f"{_GROUPED}: {num_experts} groups, at most 1024 are possible")
+    if bias is not None:
+        if len(bias) != 1:
+            raise ValueError(f"{_GROUPED}: bias must be a list of one tensor, not {len(bias)}")
+        check_dtype(_GROUPED, "bias", bias[0], torch.float32)
+        check_shape(_GROUPED, "bias", bias[0], (num_experts, width))
+    return rows, experts, bias[0] if bias is not None else None, group_list, group_list_type == 1
+
+
+def grouped_matmul(x: Sequence[Tensor], weight: Sequence[Tensor], **options) -> list[Tensor]:
+    """[x @ weight[e] (+ bias[e])], where expert e takes the next group of rows of x.
+
+    Products accumulate in float32 and are rounded once. Rows after the last group are left
+    unwritten.
+    """
+    rows, experts, bias, group_list, is_counts = _check_grouped_matmul(x, weight, **options)
+    counts = group_list if is_counts else group_list.diff(prepend=group_list.new_zeros(1))
+    sizes: list[int] = counts.tolist()
+    if min(sizes, default=0) < 0:
+        raise ValueError(f"{_GROUPED}: group_list has a negative group: {sizes}")
+    if sum(sizes) > rows.shape[0]:
+        raise ValueError(
+            f"{_GROUPED}: group_list needs {sum(sizes)} rows, but x has {rows.shape[0]}"
+        )
+    out = rows.new_empty(rows.shape[0], experts.shape[2])
+    start = 0
+    for expert, size in enumerate(sizes):
+        if size == 0:
+            continue
+        group, out_group = rows[start : start + size], out[start : start + size]
+        if bias is None:
+            torch.mm(group, experts[expert], out=out_group)
+        else:
+            out_group.copy_(torch.addmm(bias[expert], group.float(), experts[expert].float()))
+        start += size
+    poison_unwritten_(out[start:])
+    return [out]
+
+
+def _grouped_matmul_meta(x: Sequence[Tensor], weight: Sequence[Tensor], **options) -> list[Tensor]:
+    rows, experts, *_ = _check_grouped_matmul(x, weight, **options)
+    return [rows.new_empty(rows.shape[0], experts.shape[2])]
+
+
+def _refuse_grouped_matmul_list(x: Sequence[Tensor], weight: Sequence[Tensor], **options) -> None:
+    raise NotImplementedError(
+        f"{_GROUPED}: group_list must be a Tensor, a list of ints is not supported"
+    )
+
+
+# ---------------------------------------------------------------------------------------- swiglu
+
+
+def _check_swiglu(input: Tensor, dim: int) -> tuple[int, ...]:
+    """Returns the shape of the result."""
+    check_float(_SWIGLU, input=input)
+    if not -input.dim() <= dim < input.dim():
+        raise ValueError(f"{_SWIGLU}: dim={dim} is not a dimension of {tuple(input.shape)}")
+    if input.shape[dim] % 2:
+        raise ValueError(f"{_SWIGLU}: size {input.shape[dim]} of dimension {dim} must be even")
+    shape = list(input.shape)
+    shape[dim] //= 2
+    return tuple(shape)
+
+
+def swiglu(input: Tensor, dim: int = -1) -> Tensor:
+    """silu(a) * b, where a and b are the halves of dim, in float32, rounded once."""
+    _check_swiglu(input, dim)
+    a, b = input.chunk(2, dim=dim)
+    return F.silu(a.float()).mul_(b).to(input.dtype)
+
+
+def _swiglu_meta(input: Tensor, dim: int = -1) -> Tensor:
+    return input.new_empty(_check_swiglu(input, dim))
+
+
+# ------------------------------------------------------------------------------------- unpermute
+
+
+def _check_unpermute(
+    permuted_tokens: Tensor,
+    sorted_indices: Tensor,
+    probs: Tensor | None,
+    padded_mode: bool,
+    restore_shape: Sequence[int] | None,
+) -> tuple[int, int]:
+    """Returns (number of tokens, choices of each)."""
+    refuse(_UNPERMUTE, restore_shape=restore_shape)
+    if padded_mode:
+        raise NotImplementedError(f"{_UNPERMUTE}: padded_mode must be False")
+    check_float(_UNPERMUTE, permuted_tokens=permuted_tokens)
+    check_dtype(_UNPERMUTE, "sorted_indices", sorted_indices, torch.int32)
+    if permuted_tokens.dim() != 2 or sorted_indices.dim() != 1:
+        raise ValueError(
+            f"{_UNPERMUTE}: permuted_tokens must be (rows, H) and sorted_indices (N*K,), "
+            f"not {tuple(permuted_tokens.shape)} and {tuple(sorted_indices.shape)}"
+        )
+    if probs is None:
+        return sorted_indices.shape[0], 1
+    check_dtype(_UNPERMUTE, "probs", probs, torch.bfloat16, torch.float32)
+    if probs.dim() != 2 or probs.numel() != sorted_indices.shape[0]:
+        raise ValueError(
+            f"{_UNPERMUTE}: probs must be (N, K) with N*K={sorted_indices.shape[0]}, "
+            f"not {tuple(probs.shape)}"
+        )
+    num_tokens, num_choices = probs.shape
+    if not 1 <= num_choices <= 512:
+        raise ValueError(f"{_UNPERMUTE}: K={num_choices} must be in 1..512")
+    return num_tokens, num_choices
+
+
+def token_unpermute(
+    permuted_tokens: Tensor,
+    sorted_indices: Tensor,
+    probs: Tensor | None = None,
+    padded_mode: bool = False,
+    restore_shape: Sequence[int] | None = None,
+) -> Tensor:
+    """out[i] = sum over k of probs[i, k] * permuted_tokens[sorted_indices[i * K + k]].
+
+    Summed in float32 in the order of k, rounded once. Pairs with probability 0 and indices past
+    the last row are skipped, so whatever stands in those rows, NaN too, has no effect. The NPU
+    does not check for negative indices; here they are an error.
+    """
+    num_tokens, num_choices = _check_unpermute(
+        permuted_tokens, sorted_indices, probs, padded_mode, restore_shape
+    )
+    num_rows, hidden = permuted_tokens.shape
+    indices = sorted_indices.reshape(num_tokens, num_choices)
+    if indices.numel() and int(indices.min()) < 0:
+        raise IndexError(f"{_UNPERMUTE}: sorted_indices has negative entries")
+    out = torch.zeros(num_tokens, hidden, dtype=torch.float32)
+    if num_rows == 0:
+        return out.to(permuted_tokens.dtype)
+    keep = indices < num_rows
+    if probs is not None:
+        keep &= probs != 0
+    indices = indices.clamp(max=num_rows - 1)
+    for k in range(num_choices):
+        rows = permuted_tokens.index_select(0, indices[:, k]).float()
+        if probs is not None:
+            rows *= probs[:, k : k + 1]
+        out += rows.masked_fill_(~keep[:, k : k + 1], 0.0)
+    return out.to(permuted_tokens.dtype)
+
+
+def _token_unpermute_meta(
+    permuted_tokens: Tensor,
+    sorted_indices: Tensor,
+    probs: Tensor | None = None,
+    padded_mode: bool = False,
+    restore_shape: Sequence[int] | None = None,
+) -> Tensor:
+    num_tokens, _ = _check_unpermute(
+        permuted_tokens, sorted_indices, probs, padded_mode, restore_shape
+    )
+    return permuted_tokens.new_empty(num_tokens, permuted_tokens.shape[1])
+
+
+KERNELS = {
+    _GATING: Kernel(gating_top_k_softmax, _gating_top_k_softmax_meta),
+    _ROUTING: Kernel(init_routing_v2, _init_routing_v2_meta),
+    _GROUPED: Kernel(grouped_matmul, _grouped_matmul_meta),
+    f"{_GROUPED}.List": Kernel(_refuse_grouped_matmul_list, _refuse_grouped_matmul_list),
+    _SWIGLU: Kernel(swiglu, _swiglu_meta),
+    _UNPERMUTE: Kernel(token_unpermute, _token_unpermute_meta),
+}

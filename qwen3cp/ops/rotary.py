@@ -1,0 +1,94 @@
+"""Rotary position embedding."""
+
+import torch
+from torch import Tensor
+
+from qwen3cp.ops.checks import Kernel, check_float, refuse
+
+_OP = "npu_rotary_mul"
+
+# Layouts of the input, each with the shapes that cos and sin may have in it ("1" broadcasts).
+_COS_SHAPES = {
+    "half": {
+        "BNSD": ("11SD", "B1SD", "BNSD"),
+        "BSND": ("1S1D", "BS1D", "BSND"),
+        "SBND": ("S11D", "SB1D", "SBND"),
+        "TND": ("T1D", "TND"),
+    },
+    "interleave": {"BNSD": ("11SD",), "BSND": ("1S1D",), "SBND": ("S11D",), "TND": ("T1D",)},
+}
+_MAX_HEADS_OR_BATCH = 1000  # exclusive; token counts are not limited
+_MAX_HEAD_DIM = 896  # exclusive
+
+
+def _fits(x: Tensor, cos: Tensor, layout: str, cos_layout: str) -> bool:
+    if x.dim() != len(layout) or cos.dim() != x.dim():
+        return False
+    for letter, cos_letter, size, cos_size in zip(
+        layout, cos_layout, x.shape, cos.shape, strict=True
+    ):
+        if letter in "BN" and size >= _MAX_HEADS_OR_BATCH:
+            return False
+        if cos_size != (1 if cos_letter == "1" else size):
+            return False
+    return True
+
+
+def _check(input: Tensor, r1: Tensor, r2: Tensor, rotary_mode: str, rotate: Tensor | None) -> None:
+    refuse(_OP, rotate=rotate)
+    check_float(_OP, input=input)
+    check_float(_OP, r1=r1)
+    check_float(_OP, r2=r2)
+    if rotary_mode not in _COS_SHAPES:
+        raise ValueError(f"{_OP}: rotary_mode must be 'half' or 'interleave', not {rotary_mode!r}")
+    if r1.shape != r2.shape:
+        raise ValueError(
+            f"{_OP}: r1 {tuple(r1.shape)} and r2 {tuple(r2.shape)} must have the same shape"
+        )
+    head_dim = input.shape[-1]
+    if head_dim % 2 or head_dim >= _MAX_HEAD_DIM:
+        raise ValueError(
+            f"{_OP}: the head dimension must be even and below {_MAX_HEAD_DIM}, not {head_dim}"
+        )
+    allowed = _COS_SHAPES[rotary_mode]
+    if not any(
+        _fits(input, r1, layout, cos_layout)
+        for layout, cos_layouts in allowed.items()
+        for cos_layout in cos_layouts
+    ):
+        raise ValueError(
+            f"{_OP}: input {tuple(input.shape)} with cos and sin {tuple(r1.shape)} is none of the "
+            f"layouts of mode {rotary_mode!r}: {allowed} "
+            f"(B and N below {_MAX_HEADS_OR_BATCH}, so tokens go in the place of S)"
+        )
+
+
+def rotary_mul(
+    input: Tensor, r1: Tensor, r2: Tensor, rotary_mode: str = "half", rotate: Tensor | None = None
+) -> Tensor:
+    """input * r1 + rotate(input) * r2 with r1 = cos and r2 = sin, in float32, rounded once.
+
+    rotate turns (a, b) into (-b, a), where a and b are the halves of the head dimension (mode
+    "half") or its even and odd entries (mode "interleave").
+    """
+    _check(input, r1, r2, rotary_mode, rotate)
+    x = input.float()
+    # cos and sin of another dtype are first cast to that of the input.
+    cos, sin = r1.to(input.dtype).float(), r2.to(input.dtype).float()
+    if rotary_mode == "half":
+        a, b = x.chunk(2, dim=-1)
+        rotated = torch.cat((-b, a), dim=-1)
+    else:
+        a, b = x[..., 0::2], x[..., 1::2]
+        rotated = torch.stack((-b, a), dim=-1).flatten(-2)
+    return (x * cos + rotated * sin).to(input.dtype)
+
+
+def _rotary_mul_meta(
+    input: Tensor, r1: Tensor, r2: Tensor, rotary_mode: str = "half", rotate: Tensor | None = None
+) -> Tensor:
+    _check(input, r1, r2, rotary_mode, rotate)
+    return input.new_empty(input.shape)
+
+
+KERNELS = {_OP: Kernel(rotary_mul, _rotary_mul_meta)}

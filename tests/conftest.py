@@ -1,0 +1,42 @@
+"""Fixtures: the trained checkpoint, and ranks that are started once a session."""
+
+import os
+
+os.environ["QWEN3CP_DEBUG_OPS"] = "1"  # before qwen3cp is imported anywhere
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import settings
+
+from tests.ranks import Ranks
+
+CHECKPOINT = Path(__file__).parent / "assets" / "tiny-qwen3-moe"
+
+settings.register_profile("tests", deadline=None, derandomize=True, print_blob=True)
+settings.load_profile("tests")
+torch.set_num_threads(1)  # ranks share the machine's cores
+
+
+@pytest.fixture(scope="session")
+def checkpoint() -> Path:
+    return CHECKPOINT
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[Callable[[int], Ranks]]:
+    """ranks(n): the n processes of this session."""
+    started: dict[int, Ranks] = {}
+
+    def get(size: int) -> Ranks:
+        if size not in started or not all(p.is_alive() for p in started[size].processes):
+            if size in started:
+                started.pop(size).close()
+            started[size] = Ranks(size)
+        return started[size]
+
+    yield get
+    for each in started.values():
+        each.close()
