@@ -86,7 +86,7 @@ class CPQwen3MoeAttention(Qwen3MoeAttention):
     ) -> torch.Tensor:
         """[T, heads * D] -> [T, heads, D]"""
         cos, sin = position_embeddings
-        heads_TND = projected.view(projected.shape[0], -1, self.head_dim)
+        heads_TND = projected.unflatten(-1, (projected.shape[-1] // self.head_dim, self.head_dim))
         normed = torch.ops.npu.npu_rms_norm(heads_TND, norm.weight, norm.variance_epsilon)[0]
         # as [1, T, heads, D]: the operator takes at most 999 batches, tokens go in its S axis
         return torch.ops.npu.npu_rotary_mul(normed[None], cos, sin)[0]

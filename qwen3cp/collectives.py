@@ -20,6 +20,9 @@ import torch.distributed as dist
 from qwen3cp.errors import CommunicationError, InputError, Qwen3CPError
 from qwen3cp.parallel import ForwardPhase, ParallelContext
 
+# renamed in torch 2.13, where the old name warns
+_all_gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 __all__ = [
     "CommunicationLog",
     "CommunicationRecord",
@@ -117,7 +120,7 @@ def kv_gather(packed: torch.Tensor, ctx: ParallelContext) -> PendingGather:
     gathered = rows.new_empty(ctx.cp_size * rows.shape[0], rows.shape[1])
     what = _record("kv_gather", (ctx.cp_size - 1) * _num_bytes(rows), ctx.cp_size, ctx)
     with _named_failure(what):
-        work = dist.all_gather_into_tensor(gathered, rows, group=ctx.cp_group, async_op=True)
+        work = _all_gather_into(gathered, rows, group=ctx.cp_group, async_op=True)
     return PendingGather(gathered, work, what)
 
 
@@ -162,14 +165,13 @@ def gather_vocabulary(logits: torch.Tensor, ctx: ParallelContext, vocab_size: in
     return gathered.reshape(num_rows, ctx.world_size * shard)[:, :vocab_size]
 
 
-def broadcast(x: torch.Tensor, ctx: ParallelContext, *, on_host: bool = False) -> torch.Tensor:
-    """Overwrites x with rank 0's. Collective over world_group, or host_group if `on_host`."""
-    group = ctx.host_group if on_host else ctx.world_group
-    if group is None:
+def broadcast(x: torch.Tensor, ctx: ParallelContext) -> torch.Tensor:
+    """Overwrites x with rank 0's, and returns it. Collective over world_group."""
+    if ctx.world_group is None:
         return x
     received = 0 if ctx.rank == 0 else _num_bytes(x)
     with _named_failure(_record("check", received, ctx.world_size, ctx)):
-        dist.broadcast(x, group=group, group_src=0)
+        dist.broadcast(x, group=ctx.world_group, group_src=0)
     return x
 
 
@@ -224,8 +226,10 @@ def _all_gather(
     if group is None:
         return x
     gathered = x.new_empty(size * x.shape[0], *x.shape[1:])
+    if gathered.numel() == 0:  # on all ranks, since all give the same shape
+        return gathered
     with _named_failure(_record(kind, (size - 1) * _num_bytes(x), size, ctx)):
-        dist.all_gather_into_tensor(gathered, x.contiguous(), group=group)
+        _all_gather_into(gathered, x.contiguous(), group=group)
     return gathered
 
 

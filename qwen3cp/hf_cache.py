@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from transformers import Cache
 
-from qwen3cp.errors import InputError, KVCacheFullError
+from qwen3cp.errors import InputError
 from qwen3cp.kv_cache import PagedKVCache, Sequence
 from qwen3cp.parallel import ForwardPhase
 
@@ -54,16 +54,10 @@ class PagedCacheAdapter(Cache):
 
     def ensure_room(self, sequences: list[Sequence], new_lengths: list[int]) -> None:
         """Grows the pool, at least twofold, if it may and must."""
-        if not self.grow:
-            return
-        try:
-            self.paged.reserve(sequences, new_lengths)
-        except KVCacheFullError:
-            size = self.paged.page_size
-            needed = sum(
-                -(-(s.length + n) // size) for s, n in zip(sequences, new_lengths, strict=True)
-            )
-            self.paged.grow(max(2 * self.paged.num_pages, self.paged.num_pages + needed))
+        missing = self.paged.pages_needed(sequences, new_lengths) - self.paged.num_free_pages
+        if self.grow and missing > 0:
+            num_pages = self.paged.num_pages
+            self.paged.grow(num_pages + max(num_pages, missing))
 
     def advance(self, sequences: list[Sequence], columns: int, closed: set[int]) -> None:
         """Counts the columns of a forward that has succeeded."""

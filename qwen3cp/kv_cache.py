@@ -175,6 +175,17 @@ class PagedKVCache:
         sequence._length = length
         self._release(sequence, self._pages_of(length))
 
+    def pages_needed(self, sequences: Seq[Sequence], new_lengths: Seq[int]) -> int:
+        """Free pages that `reserve` would take, copies of shared partial pages included."""
+        self.check(sequences)
+        added = sum(
+            max(0, self._pages_of(s.length + n) - len(s._pages))
+            for s, n in zip(sequences, new_lengths, strict=True)
+        )
+        writers = Counter(page for s in sequences if (page := self._open_page(s)) is not None)
+        # of the writers of one page, the last may keep it if nobody else holds it
+        return added + sum(min(n, self._references[page] - 1) for page, n in writers.items())
+
     def reserve(self, sequences: Seq[Sequence], new_lengths: Seq[int]) -> None:
         """Gives the sequences pages for so many new tokens each. All of them or none.
 
@@ -185,22 +196,15 @@ class PagedKVCache:
             KVCacheFullError: too few free pages; nothing was reserved.
             InputError: a sequence that was freed, is of another cache, or is given twice.
         """
-        self.check(sequences)
-        wanted = [
-            self._pages_of(s.length + n) - len(s._pages)
-            for s, n in zip(sequences, new_lengths, strict=True)
-        ]
-        writers = Counter(page for s in sequences if (page := self._open_page(s)) is not None)
-        # of the writers of one page, the last may keep it if nobody else holds it
-        copies = sum(min(n, self._references[page] - 1) for page, n in writers.items())
         self._require(
-            sum(max(0, n) for n in wanted) + copies, f"hold {sum(new_lengths)} more tokens"
+            self.pages_needed(sequences, new_lengths), f"hold {sum(new_lengths)} more tokens"
         )
-        for sequence, count in zip(sequences, wanted, strict=True):
+        for sequence, new in zip(sequences, new_lengths, strict=True):
             page = self._open_page(sequence)
             if page is not None and self._references[page] > 1:
                 self._own_last_page(sequence)
-            sequence._pages.extend(self._take() for _ in range(count))
+            while len(sequence._pages) < self._pages_of(sequence.length + new):
+                sequence._pages.append(self._take())
 
     def commit(self, sequences: Seq[Sequence], new_lengths: Seq[int]) -> None:
         """Counts new tokens whose keys and values every layer has written to reserved pages."""

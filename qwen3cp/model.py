@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -211,7 +211,7 @@ class CPQwen3MoeModel(Qwen3MoeModel):
         """
         owner, row = plan.owners(tokens)
         mine = row[owner == (self.parallel_context.cp_rank if plan.is_split else 0)]
-        if len(mine) < len(hidden) or len(tokens) > len(hidden):
+        if not torch.equal(mine, torch.arange(len(hidden))):
             index = mine.to(hidden.device)
             hidden, residual = hidden[index], residual[index]
         normed = add_norm(hidden, residual, self.norm)[0]
@@ -278,7 +278,7 @@ class CPQwen3MoeModel(Qwen3MoeModel):
             padded=PaddedCall(batch=batch, cells=cells, past=past, all_rows=all_rows),
         )
 
-    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+    def forward(
         self,
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
@@ -419,7 +419,7 @@ class CPQwen3MoeForCausalLM(Qwen3MoeForCausalLM):
         self.model.max_sequence_length = length
 
     @classmethod
-    def from_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]
+    def from_pretrained(
         cls,
         pretrained_model_name_or_path: str | os.PathLike[str],
         *,
@@ -452,7 +452,7 @@ class CPQwen3MoeForCausalLM(Qwen3MoeForCausalLM):
         try:
             model = load_pretrained(
                 cls,
-                pretrained_model_name_or_path,
+                os.fspath(pretrained_model_name_or_path),
                 ctx,
                 dtype=dtype,
                 device=default_device() if device is None else torch.device(device),
@@ -585,7 +585,7 @@ class CPQwen3MoeForCausalLM(Qwen3MoeForCausalLM):
 
         return self._next_token_logits(ForwardPhase.DECODE, read)
 
-    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+    def forward(
         self,
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
@@ -658,7 +658,7 @@ class CPQwen3MoeForCausalLM(Qwen3MoeForCausalLM):
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """transformers', with the phase: DECODE after the first iteration, if there is a cache."""
-        inputs = super().prepare_inputs_for_generation(*args, **kwargs)
+        inputs = cast(Any, super()).prepare_inputs_for_generation(*args, **kwargs)
         past = inputs.get("past_key_values")
         first = kwargs.get("is_first_iteration", False)
         if not first and past is not None and past.get_seq_length() > 0:
@@ -674,7 +674,7 @@ class CPQwen3MoeForCausalLM(Qwen3MoeForCausalLM):
         rank 0's stopping criteria say so. A streamer is fed on each rank that passes one.
         """
         share_random_state(self.parallel_context, self.device)
-        return super().generate(*args, **kwargs)
+        return cast(Any, super()).generate(*args, **kwargs)
 
     def _prepare_cache_for_generation(
         self,
@@ -703,7 +703,7 @@ class CPQwen3MoeForCausalLM(Qwen3MoeForCausalLM):
             past.allow_empty_rows = chunked
 
     def _get_stopping_criteria(self, *args: Any, **kwargs: Any) -> StoppingCriteriaList:
-        criteria = super()._get_stopping_criteria(*args, **kwargs)
+        criteria = cast(Any, super())._get_stopping_criteria(*args, **kwargs)
         return _RankZeroDecides(criteria, self.parallel_context)
 
     def _next_token_logits(self, phase: ForwardPhase, read: Callable[[], Request]) -> torch.Tensor:
@@ -740,13 +740,13 @@ class _RankZeroDecides(StoppingCriteriaList):
 
 
 def share_random_state(ctx: ParallelContext, device: torch.device) -> None:
-    """Gives every rank rank 0's random state. Collective over host_group."""
+    """Gives every rank rank 0's random state. Collective over world_group."""
     if ctx.world_size == 1:
         return
-    torch.set_rng_state(collectives.broadcast(torch.get_rng_state(), ctx, on_host=True))
-    if device.type == "npu":
-        state = collectives.broadcast(torch.npu.get_rng_state(), ctx, on_host=True)
-        torch.npu.set_rng_state(state)
+    generators = [torch] if device.type == "cpu" else [torch, torch.get_device_module(device)]
+    for generator in generators:
+        state = collectives.broadcast(generator.get_rng_state().to(device), ctx)
+        generator.set_rng_state(state.cpu())
 
 
 def register_auto() -> None:
@@ -763,8 +763,8 @@ def _list_if(wanted: bool | None, config: Qwen3MoeConfig) -> list[torch.Tensor] 
 
 
 def _use_cache(use_cache: bool | None, config: Qwen3MoeConfig) -> bool:
-    return config.use_cache if use_cache is None else use_cache
+    return bool(config.use_cache if use_cache is None else use_cache)
 
 
 def _returns_dict(return_dict: bool | None, config: Qwen3MoeConfig) -> bool:
-    return config.return_dict if return_dict is None else return_dict
+    return bool(config.return_dict if return_dict is None else return_dict)

@@ -6,6 +6,8 @@ of an expert's (or the dense MLP's) intermediate size.
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch.nn import functional as F
 from transformers import Qwen3MoeConfig
@@ -78,8 +80,10 @@ class CPQwen3MoeSparseMoeBlock(Qwen3MoeSparseMoeBlock):
             active_expert_range=[0, num_experts],
             quant_mode=-1,
         )
-        gate_up = _grouped_matmul(rows, self.experts.gate_up_proj, counts)
-        down = _grouped_matmul(torch.ops.npu.npu_swiglu(gate_up), self.experts.down_proj, counts)
+        experts = self.experts
+        gate_up = _grouped_matmul(rows, cast(torch.Tensor, experts.gate_up_proj), counts)
+        activated = torch.ops.npu.npu_swiglu(gate_up)
+        down = _grouped_matmul(activated, cast(torch.Tensor, experts.down_proj), counts)
         partial = torch.ops.npu.npu_moe_token_unpermute(down, row_of_choice, weights_Tk)
         return collectives.all_reduce(partial, self.parallel_context, in_place=True)
 

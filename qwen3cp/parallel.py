@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -94,6 +94,11 @@ class ParallelContext:
         _check_group("world_group", self.world_group, self.rank, self.world_size)
         if self.comm.check_plan:
             _check_group("host_group", self.host_group, self.rank, self.world_size)
+        for name, size in (("cp", self.cp_size), ("tp", self.tp_size)):
+            if size == 1:  # a group of this rank alone has nothing to do
+                setattr(self, f"{name}_group", None)
+        if self.world_size == 1:
+            self.world_group = self.host_group = None
 
     @property
     def rank(self) -> int:
@@ -173,7 +178,7 @@ class ParallelContext:
         device = default_device()
         if not initialized:
             if device.type == "npu":
-                torch.npu.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+                torch.get_device_module(device).set_device(int(os.environ.get("LOCAL_RANK", "0")))
             dist.init_process_group(
                 backend or ("hccl" if device.type == "npu" else "gloo"),
                 timeout=_as_timedelta(timeout),
@@ -184,17 +189,11 @@ class ParallelContext:
 
         def make(groups: np.ndarray, backend: str | None) -> dist.ProcessGroup | None:
             """One group per row; every rank makes all of them, in the same order."""
-            mine = None
-            for ranks in groups.tolist():
-                if len(ranks) == 1:
-                    continue
-                if len(ranks) == wanted and (backend is None or _backend_of(None) == backend):
-                    group = dist.group.WORLD
-                else:
-                    group = dist.new_group(ranks, timeout=_as_timedelta(timeout), backend=backend)
-                if dist.get_rank() in ranks:
-                    mine = group
-            return mine
+            if groups.shape[1] == 1:
+                return None
+            if groups.shape[1] == wanted and backend in (None, dist.get_backend()):
+                return dist.group.WORLD
+            return _new_groups(groups, backend=backend, timeout=_as_timedelta(timeout))
 
         cp_group = make(grid.transpose(0, 2, 1).reshape(-1, cp_size), backend)
         tp_group = make(grid.reshape(-1, tp_size), backend)
@@ -291,10 +290,7 @@ class ParallelContext:
             # every replica of the mesh makes its host group, in the same order on all ranks
             size = dist.get_world_size(replica)
             grid = mesh.mesh.movedim([names.index(a) for a in axes], list(range(-len(axes), 0)))
-            for ranks in grid.reshape(-1, size).tolist():
-                group = dist.new_group(ranks, backend="gloo")
-                if dist.get_rank() in ranks:
-                    host_group = group
+            host_group = _new_groups(grid.reshape(-1, size).numpy(), backend="gloo")
         return cls.from_groups(
             cp_group=cp_group,
             tp_group=tp_group,
@@ -326,9 +322,9 @@ def _check_size(name: str, size: int) -> None:
 
 
 def _check_group(name: str, group: dist.ProcessGroup | None, rank: int, size: int) -> None:
-    if size == 1:
-        return
     if group is None:
+        if size == 1:
+            return
         raise ParallelConfigError(
             f"{name} is missing: {size} ranks need one"
             + (" on gloo, or CommConfig(check_plan=False)" if name == "host_group" else "")
@@ -350,8 +346,15 @@ def _rank_and_size(group: dist.ProcessGroup | None) -> tuple[int, int]:
     return rank, dist.get_world_size(group)
 
 
-def _backend_of(group: dist.ProcessGroup | None) -> str:
-    return dist.get_backend(group)
+def _new_groups(groups: np.ndarray, **kwargs: Any) -> dist.ProcessGroup | None:
+    """Makes a group of every row, and returns the one that this rank is in."""
+    mine = None
+    for ranks in groups.tolist():
+        group = dist.new_group(ranks, **kwargs)
+        if dist.get_rank() in ranks:
+            assert isinstance(group, dist.ProcessGroup)
+            mine = group
+    return mine
 
 
 def _runs_on_host(group: dist.ProcessGroup) -> bool:

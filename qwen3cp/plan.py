@@ -104,8 +104,11 @@ class ForwardPlan:
             page_size: tokens of a page.
 
         Raises:
-            InputError: no sequence, a length below 1, a table that is too short.
+            InputError: no sequence, a length below 1, a table that is too short, a page that no
+                sequence can own, a rank outside the group.
         """
+        if not 0 <= cp_rank < cp_size:
+            raise InputError(f"cp_rank={cp_rank} is not in 0..{cp_size - 1}")
         new, cached = np.asarray(new_lengths, np.int64), np.asarray(cached_lengths, np.int64)
         _check_lengths(new, cached, block_tables, page_size)
         # In DECODE every rank runs all rows, which is the plan of a single rank.
@@ -122,6 +125,11 @@ class ForwardPlan:
         position = _ranges(cached, new)  # [T]
         table, first_page = _concatenate(block_tables)
         page = table[np.repeat(first_page, new) + position // page_size]
+        if page.min() < 1 or page.max() >= num_pages:
+            raise InputError(
+                f"new tokens go to page {page.min() if page.min() < 1 else page.max()}, outside "
+                f"the pages of sequences, 1..{num_pages - 1}"
+            )
         slot = page * page_size + position % page_size  # [T]
         row_slot = np.empty(token_of_row.shape, np.int64)
         row_slot[real] = slot[token_of_row[real]]

@@ -51,7 +51,7 @@ def load_pretrained(
     _allocate(model, dtype, device)
     _fill(model, layout, index)
     model.tie_weights()
-    model.to(device)  # buffers: the rotary frequencies, which stay float32
+    nn.Module.to(model, device)  # buffers: the rotary frequencies, which stay float32
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     return model.requires_grad_(False).eval()

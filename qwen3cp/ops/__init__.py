@@ -46,4 +46,5 @@ for _name, _schema in SCHEMAS.items():
         # Without the tag, compilation refuses an operator that returns the tensor it changes.
         _library.define(_schema, tags=(torch.Tag.inplace,) if "(a!)" in _schema else ())
         _library.impl(_name, _KERNELS[_name].meta, "Meta")
-    _library.impl(_name, _KERNELS[_name].cpu, "CPU")
+    # Inference only: what the kernels do inside is not recorded, and backward warns.
+    _library.impl(_name, torch.no_grad()(_KERNELS[_name].cpu), "CPU")

@@ -1,6 +1,6 @@
 """Fused attention over packed, padded or paged sequences."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -37,25 +37,21 @@ def fused_infer_attention_score(
     if query.numel() == 0 or key.numel() == 0:
         return output, lse
 
-    queries = _per_request(query, call.query_layout, call.num_heads, call.q_lengths)
-    outputs = _per_request(output, call.output_layout, call.num_heads, call.q_lengths)
-    lses: list[Tensor | None] = [None] * len(queries)
+    heads, kv_heads = call.num_heads, call.num_kv_heads
+    queries = _per_request(query, call.query_layout, heads, call.q_lengths)
+    outputs = _per_request(output, call.output_layout, heads, call.q_lengths)
+    lses: Sequence[Tensor | None] = [None] * len(queries)
     if call.with_lse:
-        lse_layout = "TND" if call.is_packed else "BNSD"
-        lses = [*_per_request(lse, lse_layout, call.num_heads, call.q_lengths)]
+        lses = _per_request(lse, "TND" if call.is_packed else "BNSD", heads, call.q_lengths)
     if call.block_table is None:
-        keys = _per_request(key, call.query_layout, call.num_kv_heads, call.kv_lengths)
-        values = _per_request(value, call.query_layout, call.num_kv_heads, call.kv_lengths)
-    for request, kv_length in enumerate(call.kv_lengths):
-        if kv_length == 0 or call.q_lengths[request] == 0:
-            continue
-        if call.block_table is None:
-            k, v = keys[request], values[request]
-        else:
-            blocks = call.block_table[request, : -(-kv_length // call.block_size)]
-            k = _read_pages(key, blocks, call.num_kv_heads, kv_length)
-            v = _read_pages(value, blocks, call.num_kv_heads, kv_length)
-        _attend(call, request, queries[request], k, v, outputs[request], lses[request])
+        keys = _per_request(key, call.query_layout, kv_heads, call.kv_lengths)
+        values = _per_request(value, call.query_layout, kv_heads, call.kv_lengths)
+    else:
+        keys, values = _read_pages(key, call), _read_pages(value, call)
+    requests = zip(queries, keys, values, outputs, lses, strict=True)
+    for request, (q, k, v, out, out_lse) in enumerate(requests):
+        if q.shape[0] and k.shape[0]:
+            _attend(call, request, q, k, v, out, out_lse)
     return output, lse
 
 
@@ -73,14 +69,19 @@ def _per_request(x: Tensor, layout: str, num_heads: int, lengths: list[int]) -> 
     return [x[request, :length] for request, length in enumerate(lengths)]
 
 
-def _read_pages(cache: Tensor, blocks: Tensor, num_kv_heads: int, length: int) -> Tensor:
-    """The first `length` rows of a request, (length, Nkv, D)."""
-    pages = cache.index_select(0, blocks)
-    if cache.dim() == 4:  # (blocks, Nkv, block_size, D)
-        rows = pages.transpose(1, 2).flatten(0, 1)
-    else:  # (blocks, block_size, Nkv * D)
-        rows = pages.flatten(0, 1).unflatten(1, (num_kv_heads, -1))
-    return rows[:length]
+def _read_pages(cache: Tensor, call: AttentionCall) -> Iterator[Tensor]:
+    """(length, Nkv, D) of each request, read out of the cache one request at a time."""
+    assert call.block_table is not None
+    for blocks, q_length, kv_length in zip(
+        call.block_table, call.q_lengths, call.kv_lengths, strict=True
+    ):
+        length = kv_length if q_length else 0
+        pages = cache.index_select(0, blocks[: -(-length // call.block_size)])
+        if cache.dim() == 4:  # (blocks, Nkv, block_size, D)
+            rows = pages.transpose(1, 2).flatten(0, 1)
+        else:  # (blocks, block_size, Nkv * D)
+            rows = pages.flatten(0, 1).unflatten(1, (call.num_kv_heads, -1))
+        yield rows[:length]
 
 
 def _attend(

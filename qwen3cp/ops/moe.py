@@ -57,11 +57,12 @@ def gating_top_k_softmax(
     """
     _check_gating(x, finished, k)
     weights, experts = x.float().softmax(-1).sort(dim=-1, descending=True, stable=True)
-    experts = experts[..., :k].to(torch.int32)
+    weights = weights[..., :k].to(x.dtype).contiguous()
+    experts = experts[..., :k].to(torch.int32).contiguous()
     if finished is not None:
         experts.masked_fill_(finished.unsqueeze(-1), x.shape[-1])
-    row_idx = torch.arange(experts.numel(), dtype=torch.int32).view(k, -1).t()
-    return weights[..., :k].to(x.dtype), experts, row_idx.reshape(experts.shape)
+    row_idx = torch.arange(experts.numel(), dtype=torch.int32).view(k, -1).t().contiguous()
+    return weights, experts, row_idx.view(experts.shape)
 
 
 def _gating_top_k_softmax_meta(
@@ -391,7 +392,7 @@ def swiglu(input: Tensor, dim: int = -1) -> Tensor:
     """silu(a) * b, where a and b are the halves of dim, in float32, rounded once."""
     _check_swiglu(input, dim)
     a, b = input.chunk(2, dim=dim)
-    return F.silu(a.float()).mul_(b).to(input.dtype)
+    return F.silu(a.float()).mul_(b).to(input.dtype).contiguous()
 
 
 def _swiglu_meta(input: Tensor, dim: int = -1) -> Tensor:

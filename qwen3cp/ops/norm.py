@@ -31,7 +31,7 @@ def _check_rms_norm(input: Tensor, gamma: Tensor) -> None:
 def rms_norm(input: Tensor, gamma: Tensor, epsilon: float = 1e-06) -> tuple[Tensor, Tensor]:
     """Returns (normalised input, rstd). Everything in float32, rounded once, at the end."""
     _check_rms_norm(input, gamma)
-    x = input.float()
+    x = input.contiguous().float()
     rstd = _rstd(x, gamma, epsilon)
     return (x * rstd).mul_(gamma.float()).to(input.dtype), rstd
 
@@ -57,7 +57,7 @@ def add_rms_norm(
     normalised before it is rounded.
     """
     _check_add_rms_norm(x1, x2, gamma)
-    x = x1.float() + x2.float()
+    x = (x1.float() + x2.float()).contiguous()
     rstd = _rstd(x, gamma, epsilon)
     normed = (x * rstd).to(x1.dtype)
     return normed.float().mul_(gamma.float()).to(x1.dtype), rstd, x.to(x1.dtype)

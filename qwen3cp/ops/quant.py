@@ -41,7 +41,7 @@ def dynamic_quant(input: Tensor, **options) -> tuple[Tensor, Tensor]:
     scale is the reciprocal of that factor. A row of zeros gives zeros and scale 0.
     """
     smooth_scales = _check(input, **options)
-    x = input.float()
+    x = input.contiguous().float()
     if smooth_scales is not None:
         x = x * smooth_scales.float()
     amax = x.abs().amax(-1, keepdim=True)

@@ -81,7 +81,7 @@ def rotary_mul(
     else:
         a, b = x[..., 0::2], x[..., 1::2]
         rotated = torch.stack((-b, a), dim=-1).flatten(-2)
-    return (x * cos + rotated * sin).to(input.dtype)
+    return (x * cos + rotated * sin).to(input.dtype).contiguous()
 
 
 def _rotary_mul_meta(

@@ -1,16 +1,20 @@
 """Random tensors are the same in every run."""
 
-from types import SimpleNamespace
-
 import hypothesis
 import pytest
 import torch
 
-# Hypothesis seeds what it knows of before every example.
-_TORCH_RANDOM = SimpleNamespace(
-    seed=torch.manual_seed, getstate=torch.get_rng_state, setstate=torch.set_rng_state
-)
-hypothesis.register_random(_TORCH_RANDOM)
+
+class TorchRandom:
+    """What Hypothesis needs, to seed torch before every example."""
+
+    seed = staticmethod(torch.manual_seed)
+    getstate = staticmethod(torch.get_rng_state)
+    setstate = staticmethod(torch.set_rng_state)
+
+
+TORCH_RANDOM = TorchRandom()  # Hypothesis keeps only a weak reference
+hypothesis.register_random(TORCH_RANDOM)
 
 
 @pytest.fixture(autouse=True)

@@ -25,13 +25,11 @@ def run(op, *args, **kwargs):
     for leaf, meta_leaf in zip(leaves, meta_leaves, strict=True):
         assert meta_leaf.device.type == "meta"
         assert (leaf.shape, leaf.dtype) == (meta_leaf.shape, meta_leaf.dtype)
+        assert leaf.is_contiguous() and meta_leaf.is_contiguous()
     return result
 
 
-def assert_close(actual: Tensor, expected: Tensor, **tolerances) -> None:
+def assert_close(actual: Tensor, expected: Tensor) -> None:
     """Close to a float32 oracle: to 1e-5 in float32, to one rounding step in bfloat16."""
-    if actual.dtype == torch.bfloat16:
-        tolerances = {"rtol": ONE_BFLOAT16_STEP, "atol": 1e-5} | tolerances
-    else:
-        tolerances = {"rtol": 1e-5, "atol": 1e-5} | tolerances
-    torch.testing.assert_close(actual.float(), expected.float(), **tolerances)
+    rtol = ONE_BFLOAT16_STEP if actual.dtype == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(actual.float(), expected.float(), rtol=rtol, atol=1e-5)

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from torch.utils._pytree import tree_map
 
 from qwen3cp.ops import settings
 
@@ -46,7 +47,7 @@ def test_gating(leading, num_experts, data, dtype, with_finished):
     assert y.dtype == dtype and experts.dtype == row_idx.dtype == torch.int32
     assert y.shape == experts.shape == row_idx.shape == (*leading, k)
     num_tokens = math.prod(leading)
-    for token, logits in enumerate(x.reshape(num_tokens, -1).tolist()):
+    for token, logits in enumerate(x.flatten(0, -2).tolist()):
         total = sum(math.exp(value) for value in logits)
         order = sorted(range(num_experts), key=lambda e: (-logits[e], e))[:k]
         weights = torch.tensor([math.exp(logits[e]) / total for e in order])
@@ -475,7 +476,7 @@ def test_grouped_matmul_refused(changes, device):
         "split_item": 2,
         "group_list_type": 1,
     }
-    arguments = torch.utils._pytree.tree_map(
+    arguments = tree_map(
         lambda value: value.to(device) if isinstance(value, torch.Tensor) else value,
         arguments | changes,
     )
@@ -497,6 +498,11 @@ def test_swiglu(shape, data, dtype):
     a, b = x.float().narrow(dim, 0, half), x.float().narrow(dim, half, half)
     assert out.dtype == dtype
     assert_close(out, (a / (1 + torch.exp(-a)) * b).to(dtype))
+
+
+def test_swiglu_of_strided_input_is_contiguous():
+    x = torch.randn(3, 4, 6).transpose(0, 1)
+    assert torch.equal(run(npu.npu_swiglu, x), npu.npu_swiglu(x.contiguous()))
 
 
 def test_swiglu_splits_the_last_dimension_by_default():

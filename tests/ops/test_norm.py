@@ -79,6 +79,15 @@ def test_per_head_norm():
     assert_close(y, oracle(x, gamma, 1e-6)[0] * gamma)
 
 
+def test_strided_input_gives_contiguous_output():
+    x, gamma = torch.randn(4, 5, 6), torch.randn(6)
+    flipped = x.transpose(0, 1)
+    y, _ = run(npu.npu_rms_norm, flipped, gamma)
+    assert torch.equal(y, npu.npu_rms_norm(x, gamma)[0].transpose(0, 1))
+    y, _, total = run(npu.npu_add_rms_norm, flipped, flipped, gamma)
+    assert torch.equal(total, 2 * flipped)
+
+
 def test_default_epsilon():
     x = torch.full((1, 2), 1e-3)
     assert npu.npu_rms_norm(x, torch.ones(2))[1].item() == pytest.approx((2e-6) ** -0.5)

@@ -71,6 +71,12 @@ def test_dst_type(dst_type):
     assert run(npu.npu_dynamic_quant, torch.ones(1, 4), dst_type=dst_type)[0].dtype == torch.int8
 
 
+def test_strided_input_gives_contiguous_output():
+    x = torch.randn(3, 4, 5).transpose(0, 1)
+    quantised, scale = run(npu.npu_dynamic_quant, x)
+    assert torch.equal(quantised, npu.npu_dynamic_quant(x.contiguous())[0])
+
+
 def test_no_rows():
     quantised, scale = run(npu.npu_dynamic_quant, torch.empty(0, 4))
     assert quantised.shape == (0, 4) and scale.shape == (0,)

@@ -86,6 +86,12 @@ def test_many_tokens_go_in_the_place_of_s():
         npu.npu_rotary_mul(torch.ones(1200, 2, 1, 4), cos[:, :2], cos[:, :2])
 
 
+def test_strided_input_gives_contiguous_output():
+    x, (cos, sin) = torch.randn(1, 2, 5, 4), torch.randn(2, 1, 5, 1, 4)
+    out = run(npu.npu_rotary_mul, x.transpose(1, 2), cos, sin)
+    assert torch.equal(out, npu.npu_rotary_mul(x.transpose(1, 2).contiguous(), cos, sin))
+
+
 def test_no_tokens():
     x, cos = torch.empty(1, 0, 2, 4), torch.empty(1, 0, 1, 4)
     assert run(npu.npu_rotary_mul, x, cos, cos).shape == x.shape

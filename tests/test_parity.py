@@ -1,0 +1,226 @@
+"""Logits, tokens and cache contents equal transformers', on every topology, real ranks."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.models import (
+    NEAR_TIE,
+    TOLERANCE,
+    TOPOLOGIES,
+    load,
+    random_ids,
+    reference,
+    reference_logits,
+)
+from tests.ranks import Ranks
+
+LENGTHS = (1, 2, 3, 7, 127, 128, 129, 1000)
+GetRanks = Callable[[int], Ranks]
+
+
+def assert_same_on_all_ranks(results: list[list[torch.Tensor]]) -> None:
+    for rank, result in enumerate(results):
+        for ours, first in zip(result, results[0], strict=True):
+            assert torch.equal(ours, first), f"rank {rank} has other bits than rank 0"
+
+
+def assert_close(ours: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(ours, expected, rtol=0, atol=TOLERANCE)
+
+
+def run(ranks: GetRanks, topology: tuple[int, int], function: Callable, *args) -> list:
+    """function(cp, tp, *args) on every rank of a topology; the results by rank."""
+    cp, tp = topology
+    if cp * tp == 1:
+        return [function(cp, tp, *args)]
+    return ranks(cp * tp).run(function, cp, tp, *args)
+
+
+def all_logits(cp: int, tp: int, path: Path, prompts: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Logits of all positions of each prompt by itself, then prefill and decode of the batch."""
+    model = load(path, cp, tp)
+    alone = [model(ids[None], use_cache=False).logits[0] for ids in prompts]
+    cache = model.new_kv_cache(num_pages=40)
+    sequences = [cache.new_sequence() for _ in prompts]
+    first = model.prefill(cache, sequences, prompts)
+    second = model.decode(cache, sequences, torch.arange(len(prompts)))
+    assert [s.length for s in sequences] == [len(ids) + 1 for ids in prompts]
+    return [*alone, first, second]
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES, ids=str)
+def test_logits_of_all_lengths_alone_and_in_one_batch(ranks, checkpoint, topology):
+    prompts = random_ids(0, *LENGTHS)
+    results = run(ranks, topology, all_logits, checkpoint, prompts)
+    assert_same_on_all_ranks(results)
+    *alone, first, second = results[0]
+    for i, ids in enumerate(prompts):
+        expected = reference_logits(checkpoint, torch.cat((ids, torch.tensor([i]))))
+        assert_close(alone[i], expected[:-1])
+        assert_close(first[i], expected[-2])
+        assert_close(second[i], expected[-1])
+
+
+def chunked(
+    cp: int, tp: int, path: Path, prompts: list[torch.Tensor], chunks: list[list[int]]
+) -> list[torch.Tensor]:
+    """Prefills each prompt in chunks of the given sizes, the batch shrinking as prompts end; then
+    a decode step and one more prefill of 5 tokens. Returns the last logits and the cache."""
+    model = load(path, cp, tp)
+    cache = model.new_kv_cache(num_pages=30)
+    sequences = [cache.new_sequence() for _ in prompts]
+    pieces = [torch.split(ids, sizes) for ids, sizes in zip(prompts, chunks, strict=True)]
+    for step in range(max(len(p) for p in pieces)):
+        rows = [i for i, p in enumerate(pieces) if step < len(p)]
+        model.prefill(cache, [sequences[i] for i in rows], [pieces[i][step] for i in rows])
+    decoded = model.decode(cache, sequences, [3] * len(prompts))
+    more = [torch.arange(5) + i for i in range(len(prompts))]
+    continued = model.prefill(cache, sequences, more)
+    contents = [
+        torch.cat(cache.read(s, layer), -1)
+        for s in sequences
+        for layer in range(cache.num_layers)
+    ]
+    return [decoded, continued, *contents]
+
+
+@st.composite
+def prompts_in_chunks(draw):
+    lengths = draw(st.lists(st.integers(1, 200), min_size=1, max_size=3))
+    chunks = []
+    for length in lengths:
+        cuts = draw(st.sets(st.integers(1, max(1, length - 1)), max_size=4))
+        edges = [0, *sorted(c for c in cuts if c < length), length]
+        chunks.append([b - a for a, b in itertools.pairwise(edges)])
+    return lengths, chunks, draw(st.integers(0, 1000))
+
+
+@given(prompts_in_chunks())
+@settings(max_examples=8)
+def test_prefill_in_chunks_then_decode_then_prefill_again(ranks, checkpoint, case):
+    lengths, chunks, seed = case
+    prompts = random_ids(seed, *lengths)
+    whole = run(ranks, (1, 1), chunked, checkpoint, prompts, [[n] for n in lengths])[0]
+    for topology in TOPOLOGIES:
+        results = run(ranks, topology, chunked, checkpoint, prompts, chunks)
+        assert_same_on_all_ranks([r[:2] for r in results])
+        decoded, continued = results[0][:2]
+        for i, ids in enumerate(prompts):
+            text = torch.cat((ids, torch.tensor([3]), torch.arange(5) + i))
+            expected = reference_logits(checkpoint, text)
+            assert_close(decoded[i], expected[-6])
+            assert_close(continued[i], expected[-1])
+        # the cache holds the same keys and values, position by position, in each TP rank's heads
+        cp, tp = topology
+        for rank, (_, _, *contents) in enumerate(results):
+            heads = slice(rank % tp, None, tp)
+            for ours, all_heads in zip(contents, whole[2:], strict=True):
+                expected = all_heads.view(len(all_heads), 2, tp, -1)[:, :, heads].flatten(1)
+                torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
+
+
+def forked(cp: int, tp: int, path: Path, prompt: torch.Tensor) -> list[torch.Tensor]:
+    """Forks after a prefill and again after a decode step; each branch goes its own way."""
+    model = load(path, cp, tp)
+    cache = model.new_kv_cache(num_pages=24)
+    root = cache.new_sequence()
+    model.prefill(cache, [root], [prompt])
+    left, right = cache.fork(root), cache.fork(root)
+    a = model.decode(cache, [root, left, right], [1, 2, 3])
+    late = cache.fork(left)
+    b = model.prefill(cache, [right, late], [torch.arange(7), torch.arange(3)])
+    c = model.decode(cache, [late, right, root, left], [4, 5, 6, 7])
+    for sequence in (root, left, right, late):
+        cache.free(sequence)
+    assert cache.num_free_pages == cache.num_pages - 1
+    return [a, b, c]
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES, ids=str)
+@pytest.mark.parametrize("length", [1, 128, 300])
+def test_forked_sequences(ranks, checkpoint, topology, length):
+    (prompt,) = random_ids(7, length)
+    results = run(ranks, topology, forked, checkpoint, prompt)
+    assert_same_on_all_ranks(results)
+    a, b, c = results[0]
+
+    def expect(*ids: int) -> torch.Tensor:
+        return reference_logits(checkpoint, torch.cat((prompt, torch.tensor(ids))))[-1]
+
+    for i, ids in enumerate([(1,), (2,), (3,)]):
+        assert_close(a[i], expect(*ids))
+    for i, ids in enumerate([(3, *range(7)), (2, *range(3))]):
+        assert_close(b[i], expect(*ids))
+    for i, ids in enumerate([(2, *range(3), 4), (3, *range(7), 5), (1, 6), (2, 7)]):
+        assert_close(c[i], expect(*ids))
+
+
+def step_by_step(cp: int, tp: int, path: Path, text: torch.Tensor) -> list[torch.Tensor]:
+    model = load(path, cp, tp)
+    cache = model.new_kv_cache(max_tokens=300)
+    sequence = cache.new_sequence()
+    logits = [model.prefill(cache, [sequence], [text[:1]])]
+    logits += [model.decode(cache, [sequence], token[None]) for token in text[1:]]
+    return [torch.cat(logits)]
+
+
+@pytest.mark.parametrize("topology", [(1, 1), (2, 1), (2, 2)], ids=str)
+def test_decoding_step_by_step_equals_one_prefill(ranks, checkpoint, topology):
+    (text,) = random_ids(3, 140)  # crosses a page
+    results = run(ranks, topology, step_by_step, checkpoint, text)
+    assert_close(results[0][0], reference_logits(checkpoint, text))
+
+
+def greedy(
+    cp: int, tp: int, path: Path, prompts: list[torch.Tensor], steps: int
+) -> list[torch.Tensor]:
+    model = load(path, cp, tp)
+    cache = model.new_kv_cache(num_pages=64)
+    sequences = [cache.new_sequence() for _ in prompts]
+    logits = model.prefill(cache, sequences, prompts)
+    tokens = [logits.argmax(-1)]
+    for _ in range(steps - 1):
+        tokens.append(model.decode(cache, sequences, tokens[-1]).argmax(-1))
+    return [torch.stack(tokens, 1)]
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES, ids=str)
+def test_greedy_tokens_equal_transformers(ranks, checkpoint, topology):
+    """The first problems of the file, and one of each longer kind."""
+    import json
+
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    lines = [json.loads(x) for x in (checkpoint / "problems-test.jsonl").open()]
+    chosen = lines[:3] + [next(x for x in lines if x["kind"] == k) for k in ("facts", "long")]
+    prompts = [
+        tokenizer(f"Question: {x['question']}\nAnswer:", return_tensors="pt").input_ids[0]
+        for x in chosen
+    ]
+    results = run(ranks, topology, greedy, checkpoint, prompts, 24)
+    assert_same_on_all_ranks(results)
+    model = reference(checkpoint)
+    for ids, ours in zip(prompts, results[0][0], strict=True):
+        out = model.generate(
+            ids[None],
+            max_new_tokens=24,
+            do_sample=False,
+            eos_token_id=None,
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
+        expected = out.sequences[0, len(ids) :]
+        for step, (mine, theirs) in enumerate(zip(ours, expected, strict=True)):
+            if mine != theirs:
+                best = out.logits[step][0].topk(2).values
+                assert best[0] - best[1] < NEAR_TIE, f"token {step} differs and was no tie"
+                break
