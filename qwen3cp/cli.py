@@ -206,10 +206,11 @@ def _start_ranks(options: GenerateOptions) -> int:
 def _run(options: GenerateOptions) -> None:
     """One rank, or the only one."""
     _find_model(options.model)
+    starts_group = not dist.is_initialized()
     ctx = ParallelContext.from_world(options.cp, options.tp, timeout=options.timeout)
     try:
         prompts = _share_prompts(options, ctx)
-        sampling = _sampling(options, ctx)
+        sampling = _sampling(options)
         tokenizer = _load_tokenizer(options)
         texts = _apply_chat(tokenizer, prompts, options.system) if options.chat else prompts
         ids = [_tokenize(tokenizer, text, chat=options.chat) for text in texts]
@@ -233,7 +234,7 @@ def _run(options: GenerateOptions) -> None:
             for one in ids:
                 _generate_streaming(model, tokenizer, one, settings)
     finally:
-        if dist.is_initialized():
+        if starts_group and dist.is_initialized():
             dist.destroy_process_group()
 
 
@@ -289,7 +290,7 @@ def _share_prompts(options: GenerateOptions, ctx: ParallelContext) -> list[str]:
     return prompts
 
 
-def _sampling(options: GenerateOptions, ctx: ParallelContext) -> dict[str, Any]:
+def _sampling(options: GenerateOptions) -> dict[str, Any]:
     """What generate() is told about sampling."""
     chosen = {"temperature": options.temperature, "top_p": options.top_p, "top_k": options.top_k}
     given = {name: value for name, value in chosen.items() if value is not None}

@@ -91,16 +91,20 @@ def record_communication() -> Iterator[CommunicationLog]:
 
 
 class PendingGather:
-    """A gather in flight. `wait()` gives its result; call it once."""
+    """A gather in flight."""
 
     def __init__(self, result: torch.Tensor, work: dist.Work | None, what: str) -> None:
-        self._result, self._work, self._what = result, work, what
+        self._result: torch.Tensor | None = result
+        self._work, self._what = work, what
 
     def wait(self) -> torch.Tensor:
+        """The result, once: nothing of it is kept here, since it is the largest buffer around."""
         if self._work is not None:
             with _named_failure(self._what):
                 self._work.wait()
-        return self._result
+        result, self._result, self._work = self._result, None, None
+        assert result is not None, "wait() was called twice"
+        return result
 
 
 def kv_gather(packed: torch.Tensor, ctx: ParallelContext) -> PendingGather:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from transformers import Cache
 
-from qwen3cp.errors import InputError
+from qwen3cp.errors import InputError, KVCacheFullError
 from qwen3cp.kv_cache import PagedKVCache, Sequence
 from qwen3cp.parallel import ForwardPhase
 
@@ -95,12 +95,27 @@ class PagedCacheAdapter(Cache):
         self.batch_select_indices(beam_idx)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Makes row i the old row indices[i]: repeated rows are forked, dropped rows freed."""
+        """Makes row i the old row indices[i]: repeated rows are forked, dropped rows freed.
+
+        Raises:
+            KVCacheFullError: too few pages for the forks, and the pool may not grow. No row was
+                changed.
+        """
         chosen = torch.as_tensor(indices).tolist()
-        for i, sequence in enumerate(self.sequences):
-            if i not in chosen:
-                self.paged.free(sequence)
+        for row in chosen:
+            if not 0 <= row < len(self.sequences):
+                raise InputError(f"there is no row {row} of {len(self.sequences)} to select")
         first_use = {row: place for place, row in reversed(list(enumerate(chosen)))}
+        dropped = [s for row, s in enumerate(self.sequences) if row not in first_use]
+        repeated = [self.sequences[r] for place, r in enumerate(chosen) if first_use[r] != place]
+        copies = sum(s.length % self.paged.page_size != 0 for s in repeated)
+        missing = copies - self.paged.num_free_pages - self.paged.pages_freed(dropped)
+        if missing > 0:
+            if not self.grow:
+                raise KVCacheFullError(f"{missing} more pages are needed to repeat rows of a batch")
+            self.paged.grow(self.paged.num_pages + max(self.paged.num_pages, missing))
+        for sequence in dropped:
+            self.paged.free(sequence)
         self.closed_rows = {place for place, row in enumerate(chosen) if row in self.closed_rows}
         self.sequences = [
             self.sequences[row] if first_use[row] == place else self.paged.fork(self.sequences[row])
@@ -172,6 +187,7 @@ class PaddedBatch:
                 f"rows {sorted(past.closed_rows)} ended with padding, so nothing can follow them; "
                 "pad on the left"
             )
+        cached = torch.tensor([s.length for s in past.rows(batch_size)])
         if phase is ForwardPhase.DECODE:
             if position_ids is not None:
                 raise InputError("position_ids is not taken in DECODE; they follow from the cache")
@@ -188,14 +204,13 @@ class PaddedBatch:
 
         if attention_mask is None:
             real = torch.ones(batch_size, columns, dtype=torch.bool)
-            cached = [s.length for s in past.sequences] or [0] * batch_size
-            padding = torch.tensor([past.columns - n for n in cached])
+            padding = past.columns - cached
         else:
             mask = attention_mask.cpu()
             if not ((mask == 0) | (mask == 1)).all():
                 raise InputError("attention_mask may hold only 0 (padding) and 1 (token)")
             mask = mask.bool()
-            _check_mask(mask, past)
+            _check_mask(mask, past.columns, cached.tolist())
             real = mask[:, past.columns :]
             padding = mask.long().argmax(1)
         counts = real.sum(1)
@@ -215,7 +230,7 @@ class PaddedBatch:
             rows=rows,
             lengths=counts[rows].tolist(),
             token_of_cell=token_of_cell,
-            closed=set((~real[:, -1] & (counts > 0)).nonzero().flatten().tolist()),
+            closed=set((~real[:, -1] & (cached + counts > 0)).nonzero().flatten().tolist()),
         )
 
     def cells_to_keep(self, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
@@ -226,8 +241,10 @@ class PaddedBatch:
                 raise InputError(f"logits_to_keep must not be negative, got {logits_to_keep}")
             return self.token_of_cell[:, -logits_to_keep:]
         index = logits_to_keep.cpu()
-        if index.dtype == torch.bool or index.dim() not in (1, 2):
+        if index.dtype not in (torch.int64, torch.int32) or index.dim() not in (1, 2):
             raise InputError("logits_to_keep must be an int or an integer tensor of 1 or 2 axes")
+        if index.dim() == 2 and len(index) not in (1, batch_size):
+            raise InputError(f"logits_to_keep has {len(index)} rows, the batch has {batch_size}")
         index = index.expand(batch_size, -1)
         if index.numel() and not (-columns <= index.min() and index.max() < columns):
             raise InputError(f"logits_to_keep points outside the {columns} new columns")
@@ -283,7 +300,7 @@ def _check_range(ids: torch.Tensor, vocab_size: int, what: str = "input_ids") ->
         )
 
 
-def _check_mask(mask: torch.Tensor, past: PagedCacheAdapter) -> None:
+def _check_mask(mask: torch.Tensor, past_columns: int, held: list[int]) -> None:
     """Each row's tokens are one run, and agree with what the cache holds."""
     runs = (mask[:, 1:] & ~mask[:, :-1]).sum(1) + mask[:, 0]
     holes = (runs > 1).nonzero().flatten().tolist()
@@ -292,8 +309,7 @@ def _check_mask(mask: torch.Tensor, past: PagedCacheAdapter) -> None:
             f"attention_mask rows {holes} have padding between tokens; only padding before "
             "(or after) them can be run"
         )
-    cached = mask[:, : past.columns].sum(1).tolist()
-    held = [s.length for s in past.sequences] or [0] * len(mask)
+    cached = mask[:, :past_columns].sum(1).tolist()
     if cached != held:
         raise InputError(
             f"attention_mask counts {cached} cached tokens in its rows, the cache holds {held}"

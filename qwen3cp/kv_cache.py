@@ -167,6 +167,12 @@ class PagedKVCache:
         sequence._length = 0
         sequence._cache = None
 
+    def pages_freed(self, sequences: Seq[Sequence]) -> int:
+        """Pages that freeing the sequences would give back: those that no other sequence holds."""
+        self.check(sequences)
+        held = Counter(page for sequence in sequences for page in sequence._pages)
+        return sum(self._references[page] == count for page, count in held.items())
+
     def truncate(self, sequence: Sequence, length: int) -> None:
         """Drops the tokens from position `length` on, and the pages that only they used."""
         self.check([sequence])

@@ -1,5 +1,7 @@
 """Starting ranks on this machine, and what a rank's process does when it fails.
 
+A script that starts its own two ranks begins with
+
     if not launch.is_rank():
         sys.exit(launch.start_ranks(2, [__file__, *sys.argv[1:]]))
 """

@@ -165,8 +165,8 @@ class CPQwen3MoeModel(Qwen3MoeModel):
             request = read()
             self._check_cache(request.cache)
             request.cache.check(request.sequences)
+            self._check_lengths(request, phase)
             if phase is ForwardPhase.PREFILL:
-                self._check_lengths(request)
                 digest.update(request.ids.numpy().tobytes())
             plan = self.plan(request.cache, request.sequences, request.new_lengths, phase)
             digest.update(plan.digest)
@@ -330,7 +330,12 @@ class CPQwen3MoeModel(Qwen3MoeModel):
                 f"{expected}: make it with this model's new_kv_cache"
             )
 
-    def _check_lengths(self, request: Request) -> None:
+    def _check_lengths(self, request: Request, phase: ForwardPhase) -> None:
+        if phase is ForwardPhase.DECODE:
+            empty = [i for i, s in enumerate(request.sequences) if s.length == 0]
+            if empty:
+                raise InputError(f"sequences {empty} are empty: prefill them first")
+            return
         for i, (s, new) in enumerate(zip(request.sequences, request.new_lengths, strict=True)):
             if s.length + new > self.max_sequence_length:
                 raise InputError(
@@ -457,7 +462,8 @@ class CPQwen3MoeForCausalLM(Qwen3MoeForCausalLM):
                 dtype=dtype,
                 device=default_device() if device is None else torch.device(device),
                 config=config,
-                hub_kwargs=hub_kwargs,
+                # AutoModelForCausalLM passes all of its options, most of them unset
+                hub_kwargs={name: value for name, value in hub_kwargs.items() if value},
             )
         except Exception as caught:  # the other ranks have to hear of it, whatever it is
             error = caught
@@ -572,9 +578,6 @@ class CPQwen3MoeForCausalLM(Qwen3MoeForCausalLM):
                 ids = host_ids(next_ids, "next_ids", self.vocab_size)
             if len(sequences) != len(ids):
                 raise InputError(f"{len(sequences)} sequences, but {len(ids)} next ids")
-            empty = [i for i, s in enumerate(sequences) if s.length == 0]
-            if empty:
-                raise InputError(f"sequences {empty} are empty: prefill them first")
             return Request(
                 cache=cache,
                 sequences=sequences,
@@ -659,6 +662,7 @@ class CPQwen3MoeForCausalLM(Qwen3MoeForCausalLM):
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """transformers', with the phase: DECODE after the first iteration, if there is a cache."""
         inputs = cast(Any, super()).prepare_inputs_for_generation(*args, **kwargs)
+        inputs.pop("tokenizer", None)  # generate()'s own, which it passes on to every forward
         past = inputs.get("past_key_values")
         first = kwargs.get("is_first_iteration", False)
         if not first and past is not None and past.get_seq_length() > 0:
@@ -691,6 +695,10 @@ class CPQwen3MoeForCausalLM(Qwen3MoeForCausalLM):
                 "honoured: the cache is paged; leave it out"
             )
         chunked = generation_config.prefill_chunk_size is not None
+        mask = model_kwargs.get("attention_mask")
+        if mask is not None and not mask.any(1).all():
+            empty = (~mask.any(1)).nonzero().flatten().tolist()
+            raise InputError(f"rows {empty} have no tokens: the mask is 0 everywhere")
         past = model_kwargs.get("past_key_values")
         if past is None and generation_config.use_cache:
             rows = batch_size * max(

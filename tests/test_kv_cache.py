@@ -174,6 +174,7 @@ class CacheMachine(RuleBasedStateMachine):
     @rule(sequence=sequences, length=st.integers(1, 400))
     def reserve_then_cancel(self, sequence, length):
         needed = self.pages_to_reserve([sequence], [length])
+        assert self.cache.pages_needed([sequence], [length]) == needed
         if self.attempt(needed, lambda: self.cache.reserve([sequence], [length])):
             write(self.cache, [sequence], self.new_tokens([length]))
             self.cache.cancel([sequence])
@@ -326,6 +327,23 @@ def test_a_full_cache_refuses_a_copy_and_leaves_both_sequences():
         cache.fork(twin)
     assert_holds(cache, sequence, list(range(PAGE)))
     assert_holds(cache, twin, list(range(100)))
+
+
+def test_pages_that_freeing_would_give_back():
+    cache = new_cache(num_pages=10)
+    sequence = cache.new_sequence()
+    append(cache, sequence, list(range(300)))
+    twin = cache.fork(sequence)
+    assert [cache.pages_freed(s) for s in ([], [sequence], [twin], [sequence, twin])] == [
+        0,
+        1,
+        1,
+        4,
+    ]
+    free = cache.num_free_pages
+    cache.free(sequence)
+    assert cache.num_free_pages == free + 1
+    assert cache.pages_freed([twin]) == 3
 
 
 # Reservations

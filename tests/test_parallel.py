@@ -223,11 +223,11 @@ def test_sizes_that_do_not_fill_the_world_are_refused_everywhere(ranks, sizes):
 def own_groups(ranks_of_groups: list[list[int]]) -> dist.ProcessGroup:
     """Makes the groups on all ranks; returns the one that this rank is in."""
     mine, _ = dist.new_subgroups_by_enumeration(ranks_of_groups)
-    assert mine is not None
+    assert isinstance(mine, dist.ProcessGroup)
     return mine
 
 
-def grid_groups(cp: int, tp: int) -> dict[str, dist.ProcessGroup]:
+def grid_groups(cp: int, tp: int) -> dict[str, Any]:
     """Groups of all four ranks as a caller would make them, those of one rank too."""
     return {
         "cp_group": own_groups([[c * tp + t for c in range(cp)] for t in range(tp)]),
@@ -256,7 +256,7 @@ def bad_groups() -> list[str]:
     world = own_groups([[0, 1, 2, 3]])
     three = dist.new_group([0, 1, 2])
     rank = dist.get_rank()
-    sizes = {"cp_rank": rank // 2, "cp_size": 2, "tp_rank": rank % 2, "tp_size": 2}
+    sizes: dict[str, Any] = {"cp_rank": rank // 2, "cp_size": 2, "tp_rank": rank % 2, "tp_size": 2}
     attempts: list[Any] = [
         lambda: ParallelContext.from_groups(**groups),
         lambda: ParallelContext.from_groups(**groups, world_group=groups["tp_group"]),
@@ -317,9 +317,9 @@ def test_no_host_group_is_needed_without_checks(ranks):
         assert ctx == expected(rank, 2, 2) | {"host_group": None}
 
 
-def mesh_context(shape: tuple[int, ...], names: tuple[str, ...], **axes: str) -> dict[str, Any]:
+def mesh_context(shape: tuple[int, ...], names: tuple[str, ...]) -> dict[str, Any]:
     mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
-    return describe(ParallelContext.from_device_mesh(mesh, **axes))
+    return describe(ParallelContext.from_device_mesh(mesh))
 
 
 @pytest.mark.parametrize(

@@ -85,9 +85,7 @@ def chunked(
     more = [torch.arange(5) + i for i in range(len(prompts))]
     continued = model.prefill(cache, sequences, more)
     contents = [
-        torch.cat(cache.read(s, layer), -1)
-        for s in sequences
-        for layer in range(cache.num_layers)
+        torch.cat(cache.read(s, layer), -1) for s in sequences for layer in range(cache.num_layers)
     ]
     return [decoded, continued, *contents]
 

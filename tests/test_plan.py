@@ -85,7 +85,9 @@ def batches(
     spare: bool = True,
 ) -> Batch:
     """Any batch: pages in random order, full pages shared between sequences as after a fork."""
-    lengths = st.one_of(st.integers(1, 60), st.integers(1, 3), st.sampled_from([128, 200, 333, 512]))
+    lengths = st.one_of(
+        st.integers(1, 60), st.integers(1, 3), st.sampled_from([128, 200, 333, 512])
+    )
     new = draw(st.lists(lengths, min_size=1, max_size=8))
     cached = [draw(st.one_of(st.just(0), st.integers(0, 300))) for _ in new]
     needed = [pages_for(n + c) for n, c in zip(new, cached, strict=True)]

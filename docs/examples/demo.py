@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import transformers
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen3MoeForCausalLM
@@ -46,7 +47,8 @@ class Solution:
     tokens: list[int]
     seconds_to_first_token: float
     seconds_per_token: float
-    pages: int
+    pages_used: int
+    pages_free: int
 
 
 def main() -> None:
@@ -65,7 +67,7 @@ def main() -> None:
         for problem in problems:
             show_question(console, problem)
             solution = solve(model, cache, tokenizer, problem, console)
-            show_verdict(console, tokenizer, problem, solution, cache)
+            show_verdict(console, tokenizer, problem, solution)
             solutions.append(solution)
     show_communication(console, log, ctx)
 
@@ -115,9 +117,15 @@ def solve(
         tokens.append(int(logits.argmax()))
     end = time.perf_counter()
     console.print()
-    pages = len(sequence.pages)
+    solution = Solution(
+        tokens,
+        seconds_to_first_token=first - start,
+        seconds_per_token=(end - first) / max(1, len(tokens) - 1),
+        pages_used=len(sequence.pages),
+        pages_free=cache.num_free_pages,
+    )
     cache.free(sequence)
-    return Solution(tokens, first - start, (end - first) / max(1, len(tokens) - 1), pages)
+    return solution
 
 
 def answer_so_far(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> Iterator[str]:
@@ -127,6 +135,7 @@ def answer_so_far(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> Iter
         text = str(tokenizer.decode(tokens))
         if text.endswith("\n\n") or len(tokens) == MAX_NEW_TOKENS:
             return
+        text = text.rstrip("\n")
         yield text[len(shown) :]
         shown = text
 
@@ -144,7 +153,7 @@ def show_question(console: Console, problem: Problem) -> None:
     if len(question) > 300:
         question = f"{question[:120]} [...] {question[-120:]}"
     console.print(f"\n[bold]{problem.kind}[/bold], {len(problem.ids):,} tokens of context")
-    console.print(f"Question: {question}\nAnswer:", markup=False, end="")
+    console.print(f"Question: {question}\nAnswer:", markup=False, end="", soft_wrap=True)
 
 
 def show_verdict(
@@ -152,16 +161,15 @@ def show_verdict(
     tokenizer: PreTrainedTokenizerBase,
     problem: Problem,
     solution: Solution,
-    cache: PagedKVCache,
 ) -> None:
     found = final_number(str(tokenizer.decode(solution.tokens)))
     expected = final_number(problem.answer)
     verdict = "[green]right[/green]" if found == expected else "[red]wrong[/red]"
     console.print(
-        f"[dim]->[/dim] {verdict}: {found}, the reference says {expected}\n"
-        f"[dim]   first token after {solution.seconds_to_first_token * 1e3:.0f} ms, then "
-        f"{solution.seconds_per_token * 1e3:.0f} ms a token; {solution.pages} cache pages used, "
-        f"{cache.num_free_pages} free once they are given back[/dim]"
+        f"{verdict}: {found}, the reference says {expected}\n"
+        f"[dim]first token {solution.seconds_to_first_token * 1e3:.0f} ms, "
+        f"each further {solution.seconds_per_token * 1e3:.0f} ms, "
+        f"cache pages {solution.pages_used} used, {solution.pages_free} free[/dim]"
     )
 
 
@@ -192,6 +200,7 @@ def compare(
 ) -> bool:
     """Whether transformers and one rank alone say the same."""
     console.print("\n[bold]The same problems, computed otherwise[/bold]")
+    transformers.logging.disable_progress_bar()
     theirs = Qwen3MoeForCausalLM.from_pretrained(
         CHECKPOINT, dtype=torch.float32, experts_implementation="eager"
     )

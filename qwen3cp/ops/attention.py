@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from qwen3cp.ops.attention_call import OP, AttentionCall, check_call, check_template
+from qwen3cp.ops.attention_call import OP, CheckedCall, check_call, check_template
 from qwen3cp.ops.checks import Kernel
 from qwen3cp.ops.settings import settings
 
@@ -33,7 +33,7 @@ def fused_infer_attention_score(
     # Rows that see no key stay as they are filled here.
     output = query.new_zeros(call.output_shape(query))
     no_key = _MASKED_SCORE if call.is_decode else torch.inf
-    lse = torch.full(call.lse_shape(query), no_key, dtype=torch.float32)
+    lse = query.new_full(call.lse_shape(query), no_key, dtype=torch.float32)
     if query.numel() == 0 or key.numel() == 0:
         return output, lse
 
@@ -69,7 +69,7 @@ def _per_request(x: Tensor, layout: str, num_heads: int, lengths: list[int]) -> 
     return [x[request, :length] for request, length in enumerate(lengths)]
 
 
-def _read_pages(cache: Tensor, call: AttentionCall) -> Iterator[Tensor]:
+def _read_pages(cache: Tensor, call: CheckedCall) -> Iterator[Tensor]:
     """(length, Nkv, D) of each request, read out of the cache one request at a time."""
     assert call.block_table is not None
     for blocks, q_length, kv_length in zip(
@@ -85,7 +85,7 @@ def _read_pages(cache: Tensor, call: AttentionCall) -> Iterator[Tensor]:
 
 
 def _attend(
-    call: AttentionCall,
+    call: CheckedCall,
     request: int,
     query: Tensor,  # (rows, N, D)
     key: Tensor,  # (keys, Nkv, D)
@@ -115,7 +115,8 @@ def _attend(
         if call.pse_shift is not None:
             pse = call.pse_shift[request if call.pse_shift.shape[0] > 1 else 0]
             by_head += pse[:, start:end, first_key:end_key]
-        masked = _masked(call, request, range(start, end), range(first_key, end_key), low, high)
+        rows, keys = range(start, end), range(first_key, end_key)
+        masked = _masked(call, request, rows, keys, low, high, query.device)
         if masked is not None:
             by_head.masked_fill_(masked, _MASKED_SCORE)
 
@@ -136,13 +137,19 @@ def _attend(
 
 
 def _masked(
-    call: AttentionCall, request: int, rows: range, keys: range, low: int, high: int
+    call: CheckedCall,
+    request: int,
+    rows: range,
+    keys: range,
+    low: int,
+    high: int,
+    device: torch.device,
 ) -> Tensor | None:
     """(rows, keys), true where a row may not see a key; None if all may see all."""
     masked = None
     if rows.stop - 1 + low > keys.start or rows.start + high < keys.stop - 1:
-        row, key = torch.arange(rows.start, rows.stop), torch.arange(keys.start, keys.stop)
-        distance = key - row.unsqueeze(1)
+        row = torch.arange(rows.start, rows.stop, device=device).unsqueeze(1)
+        distance = torch.arange(keys.start, keys.stop, device=device) - row
         masked = (distance < low) | (distance > high)
     if call.mask is not None:
         mask = call.mask[request if call.mask.shape[0] > 1 else 0]

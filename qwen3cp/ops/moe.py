@@ -5,6 +5,7 @@ index token * K + choice.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -61,7 +62,8 @@ def gating_top_k_softmax(
     experts = experts[..., :k].to(torch.int32).contiguous()
     if finished is not None:
         experts.masked_fill_(finished.unsqueeze(-1), x.shape[-1])
-    row_idx = torch.arange(experts.numel(), dtype=torch.int32).view(k, -1).t().contiguous()
+    row_idx = torch.arange(experts.numel(), dtype=torch.int32, device=x.device)
+    row_idx = row_idx.view(k, -1).t().contiguous()
     return weights, experts, row_idx.view(experts.shape)
 
 
@@ -75,6 +77,18 @@ def _gating_top_k_softmax_meta(
 
 
 # --------------------------------------------------------------------------------------- routing
+
+
+class _Routing(NamedTuple):
+    """A checked call of npu_moe_init_routing_v2."""
+
+    start: int  # of the active experts
+    end: int
+    expert_num: int
+    scale: Tensor | None
+    quantise: bool
+    num_type: int
+    row_idx_type: int
 
 
 def _check_routing(
@@ -93,7 +107,7 @@ def _check_routing(
     active_expert_range: Sequence[int] = (),
     row_idx_type: int = 0,
     x_dtype: int | None = None,
-) -> tuple[int, int, Tensor | None, bool, int, int, int]:
+) -> _Routing:
     """Accept what CANN 8.5 accepts, which is less than the schema's defaults promise."""
     refuse(_ROUTING, x_dtype=x_dtype)
     if offset is not None:
@@ -148,7 +162,9 @@ def _check_routing(
             check_shape(_ROUTING, "scale", scale, (end - start, x.shape[1]))
         else:
             check_shape(_ROUTING, "scale", scale, (1, x.shape[1]))
-    return start, end, scale, quant_mode == 1, expert_tokens_num_type, row_idx_type, expert_num
+    return _Routing(
+        start, end, expert_num, scale, quant_mode == 1, expert_tokens_num_type, row_idx_type
+    )
 
 
 def init_routing_v2(
@@ -164,9 +180,8 @@ def init_routing_v2(
         expert_idx [[2, 0], [0, 3], [2, 1]]   rows of x 0, 1, 2, 0, 2, 1   counts [2, 1, 2, 1]
         expanded_row_idx [3, 0, 1, 5, 4, 2]
     """
-    start, end, scale, quantise, num_type, row_idx_type, expert_num = _check_routing(
-        x, expert_idx, **options
-    )
+    call = _check_routing(x, expert_idx, **options)
+    start, end, scale = call.start, call.end, call.scale
     num_pairs = expert_idx.numel()
     flat = expert_idx.reshape(-1)
     is_active = (flat >= start) & (flat < end)
@@ -175,41 +190,40 @@ def init_routing_v2(
     experts, order = experts[:active], order[:active]
     tokens = order // expert_idx.shape[1]
 
-    expanded_scale = torch.empty(num_pairs, dtype=torch.float32)
-    if quantise:
-        expanded_x = torch.empty(num_pairs, x.shape[1], dtype=torch.int8)
+    expanded_scale = x.new_empty(num_pairs, dtype=torch.float32)
+    if call.quantise:
+        expanded_x = x.new_empty(num_pairs, x.shape[1], dtype=torch.int8)
         rows = x[tokens].float()
         if scale is not None:
             rows *= scale if scale.shape[0] == 1 else scale[experts - start]
         expanded_x[:active], expanded_scale[:active] = _routing_quant(rows)
     else:
         expanded_x = x.new_empty(num_pairs, x.shape[1])
-        expanded_x[:active] = x[tokens]
+        torch.index_select(x, 0, tokens, out=expanded_x[:active])
         if scale is not None:
             expanded_scale[:active] = scale[tokens]
-        else:
-            poison_unwritten_(expanded_scale)
+    has_scale = call.quantise or scale is not None
     poison_unwritten_(expanded_x[active:])
-    poison_unwritten_(expanded_scale[active:])
+    poison_unwritten_(expanded_scale[active if has_scale else 0 :])
 
-    if row_idx_type == 0:
-        expanded_row_idx = torch.full((num_pairs,), -1, dtype=torch.int32)
-        expanded_row_idx[order] = torch.arange(active, dtype=torch.int32)
+    if call.row_idx_type == 0:
+        expanded_row_idx = expert_idx.new_full((num_pairs,), -1)
+        expanded_row_idx[order] = torch.arange(active, dtype=torch.int32, device=x.device)
     else:
-        expanded_row_idx = torch.empty(num_pairs, dtype=torch.int32)
+        expanded_row_idx = expert_idx.new_empty(num_pairs)
         expanded_row_idx[:active] = order.to(torch.int32)
         poison_unwritten_(expanded_row_idx[active:])
 
     counts = torch.bincount(experts - start, minlength=end - start)
-    if num_type == COUNTS:
-        return expanded_x, expanded_row_idx, counts, expanded_scale
-    return expanded_x, expanded_row_idx, _key_value(counts, start, expert_num), expanded_scale
+    if call.num_type == KEY_VALUE:
+        counts = _key_value(counts, start, call.expert_num)
+    return expanded_x, expanded_row_idx, counts, expanded_scale
 
 
 def _key_value(counts: Tensor, start: int, expert_num: int) -> Tensor:
     """(expert, count) for each expert with rows, then one pair of zeros; the rest is unwritten."""
     busy = counts.nonzero().squeeze(1)
-    pairs = torch.empty(expert_num, 2, dtype=torch.int64)
+    pairs = counts.new_empty(expert_num, 2)
     pairs[: len(busy)] = torch.stack((busy + start, counts[busy]), dim=1)
     pairs[len(busy) : len(busy) + 1] = 0
     poison_unwritten_(pairs[len(busy) + 1 :])
@@ -233,11 +247,12 @@ def _routing_quant(rows: Tensor) -> tuple[Tensor, Tensor]:
 def _init_routing_v2_meta(
     x: Tensor, expert_idx: Tensor, **options
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    start, end, _, quantise, num_type, _, expert_num = _check_routing(x, expert_idx, **options)
+    call = _check_routing(x, expert_idx, **options)
     num_pairs = expert_idx.numel()
-    tokens_shape = (end - start,) if num_type == COUNTS else (expert_num, 2)
+    is_counts = call.num_type == COUNTS
+    tokens_shape = (call.end - call.start,) if is_counts else (call.expert_num, 2)
     return (
-        x.new_empty(num_pairs, x.shape[1], dtype=torch.int8 if quantise else x.dtype),
+        x.new_empty(num_pairs, x.shape[1], dtype=torch.int8 if call.quantise else x.dtype),
         x.new_empty(num_pairs, dtype=torch.int32),
         x.new_empty(tokens_shape, dtype=torch.int64),
         x.new_empty(num_pairs, dtype=torch.float32),
@@ -454,7 +469,7 @@ def token_unpermute(
     indices = sorted_indices.reshape(num_tokens, num_choices)
     if indices.numel() and int(indices.min()) < 0:
         raise IndexError(f"{_UNPERMUTE}: sorted_indices has negative entries")
-    out = torch.zeros(num_tokens, hidden, dtype=torch.float32)
+    out = permuted_tokens.new_zeros(num_tokens, hidden, dtype=torch.float32)
     if num_rows == 0:
         return out.to(permuted_tokens.dtype)
     keep = indices < num_rows

@@ -393,6 +393,19 @@ def test_rounded_scores_are_close():
     assert errors[False] < 2**-7
 
 
+def test_weights_are_rounded_and_their_sum_is_not():
+    weight = torch.tensor(-0.7).bfloat16().float().exp()  # beside a weight of 1
+    query, key, value = (torch.zeros(n, 1, 64).bfloat16() for n in (1, 2, 2))
+    query[0, 0, 0], key[1, 0, 0] = 1, -0.7
+    value[:, 0, 0] = torch.stack((-weight, torch.tensor(1.0)))
+    options = {"actual_seq_lengths": [1], "actual_seq_lengths_kv": [2], "input_layout": "TND"}
+    output, lse = fia(query, key, value, **options, softmax_lse_flag=True)
+    assert output[0, 0, 0] == 0  # the two cancel only if the weight is rounded as the value is
+    torch.testing.assert_close(lse.flatten()[0], (1 + weight).log())
+    output, _ = fia(query.float(), key.float(), value.float(), **options)
+    assert output[0, 0, 0] != 0
+
+
 def test_float32_is_never_rounded():
     tensors, options = packed_call([8], [8])
     with settings.override(float32_scores=False):

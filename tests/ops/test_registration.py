@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
 from qwen3cp import ops
 from qwen3cp.ops import attention_call, cache, moe, norm, quant, rotary
@@ -151,6 +152,15 @@ def test_opcheck(name):
     _, arguments, options = call
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(overload(name), arguments, options, test_utils=checks)
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_default_device_does_not_matter(name):
+    (call,) = [call for call in sample_calls() if call[0] == name]
+    _, arguments, options = call
+    with torch.device("meta"):
+        result = overload(name)(*arguments, **options)
+    assert {leaf.device.type for leaf in tree_leaves(result)} == {"cpu"}
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
