@@ -1,6 +1,6 @@
 """Context-parallel Qwen3-MoE inference modules for Ascend NPUs, and the same code on a CPU."""
 
-from qwen3cp import collectives, errors
+from qwen3cp import collectives, errors, ops
 from qwen3cp.attention import CPQwen3MoeAttention
 from qwen3cp.decoder import CPQwen3MoeDecoderLayer
 from qwen3cp.hf_cache import PagedCacheAdapter
@@ -29,5 +29,6 @@ __all__ = [
     "__version__",
     "collectives",
     "errors",
+    "ops",
     "register_auto",
 ]

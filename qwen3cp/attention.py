@@ -13,6 +13,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeAttention
 
 from qwen3cp import collectives
 from qwen3cp.config import check_supported, local_config
+from qwen3cp.errors import InputError
 from qwen3cp.kv_cache import LayerKV
 from qwen3cp.parallel import ParallelContext
 from qwen3cp.plan import ForwardPlan
@@ -50,24 +51,28 @@ class CPQwen3MoeAttention(Qwen3MoeAttention):
     ) -> torch.Tensor:
         """Writes the keys and values of all new tokens to the cache and attends to the visible.
 
-        Collective over cp_group (one gather, in PREFILL) and tp_group (one all-reduce). Runs
-        inside `parallel_context.forward(phase)`.
+        Collective over cp_group (one gather, in PREFILL) and tp_group (one all-reduce).
 
         Args:
             hidden: [T, H], normalised; T may be 0.
             kv: this layer's part of the cache that the plan was made with.
-            position_embeddings: cos and sin, [1, T, 1, D], of the rows' positions.
+            position_embeddings: cos and sin of `plan.positions`, [T, D] with any axes of 1, such
+                as transformers' rotary module returns for `plan.positions[None]`.
 
         Returns:
             [T, H]
+
+        Raises:
+            InputError: the plan is of another topology, phase or number of rows.
         """
         ctx = self.parallel_context
+        _check_plan(plan, hidden, ctx)
         packed = hidden.new_empty(2, plan.padded_rows, self.num_kv_heads * self.head_dim)
         key, value = packed[0, : plan.num_rows], packed[1, : plan.num_rows]
         projected = self.k_proj(hidden)
         key.copy_(self._norm_and_rotate(projected, self.k_norm, position_embeddings).flatten(1))
         _linear_into(value, hidden, self.v_proj)
-        gather = collectives.kv_gather(packed, ctx)
+        gather = collectives.kv_gather(packed, ctx, split=plan.is_split)
 
         # in flight: the gather
         query = self._norm_and_rotate(self.q_proj(hidden), self.q_norm, position_embeddings)
@@ -85,7 +90,7 @@ class CPQwen3MoeAttention(Qwen3MoeAttention):
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
     ) -> torch.Tensor:
         """[T, heads * D] -> [T, heads, D]"""
-        cos, sin = position_embeddings
+        cos, sin = (x.view(1, -1, 1, self.head_dim) for x in position_embeddings)
         heads_TND = projected.unflatten(-1, (projected.shape[-1] // self.head_dim, self.head_dim))
         normed = torch.ops.npu.npu_rms_norm(heads_TND, norm.weight, norm.variance_epsilon)[0]
         # as [1, T, heads, D]: the operator takes at most 999 batches, tokens go in its S axis
@@ -114,6 +119,21 @@ class CPQwen3MoeAttention(Qwen3MoeAttention):
         if not outputs:  # no rows: the operator takes none
             return query_TND
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def _check_plan(plan: ForwardPlan, hidden: torch.Tensor, ctx: ParallelContext) -> None:
+    if (plan.cp_rank, plan.cp_size) != (ctx.cp_rank, ctx.cp_size):
+        raise InputError(
+            f"the plan is of CP rank {plan.cp_rank} of {plan.cp_size}, this is rank {ctx.cp_rank} "
+            f"of {ctx.cp_size}"
+        )
+    if ctx.phase not in (None, plan.phase):
+        raise InputError(f"a {plan.phase.value} plan was given to a {ctx.phase} forward")
+    if hidden.dim() != 2 or hidden.shape[0] != plan.num_rows:
+        raise InputError(
+            f"hidden has the shape {tuple(hidden.shape)}, the plan has {plan.num_rows} rows on "
+            "this rank: split them with plan.split"
+        )
 
 
 def _linear_into(out: torch.Tensor, x: torch.Tensor, linear: torch.nn.Linear) -> None:

@@ -107,19 +107,20 @@ class PendingGather:
         return result
 
 
-def kv_gather(packed: torch.Tensor, ctx: ParallelContext) -> PendingGather:
+def kv_gather(packed: torch.Tensor, ctx: ParallelContext, *, split: bool) -> PendingGather:
     """Starts gathering the keys and values of every CP rank's rows.
 
-    Collective over cp_group in PREFILL; does nothing in DECODE.
+    Collective over cp_group if the rows are split over it; else does nothing.
 
     Args:
         packed: [2, R, kv_width], keys then values, padded to R rows on every rank.
+        split: `ForwardPlan.is_split`.
 
     Returns:
         What `wait()`s to [C * 2 * R, kv_width]: the ranks' keys and values in rank order.
     """
     rows = packed.view(-1, packed.shape[-1])
-    if ctx.cp_group is None or ctx.phase is ForwardPhase.DECODE:
+    if ctx.cp_group is None or not split:
         return PendingGather(rows, None, "")
     gathered = rows.new_empty(ctx.cp_size * rows.shape[0], rows.shape[1])
     what = _record("kv_gather", (ctx.cp_size - 1) * _num_bytes(rows), ctx.cp_size, ctx)

@@ -7,7 +7,6 @@ import copy
 import torch
 from transformers import Qwen3MoeConfig
 
-import qwen3cp.ops  # noqa: F401  (defines the operators that check_supported looks for)
 from qwen3cp.errors import UnsupportedConfigError
 from qwen3cp.parallel import ParallelContext, div_even
 

@@ -48,7 +48,7 @@ class CPQwen3MoeDecoderLayer(Qwen3MoeDecoderLayer):
 
         The input of the layer is hidden + residual, and so is its output; the first layer of a
         model gets no residual. Collective over cp_group (one gather, in PREFILL) and tp_group (two
-        all-reduces). Runs inside `parallel_context.forward(phase)`.
+        all-reduces).
 
         Args:
             hidden, residual: [T, H], T rows of this rank (may be 0).

@@ -111,9 +111,8 @@ class CPQwen3MoeModel(Qwen3MoeModel):
         return cache.plan(sequences, new_lengths, phase, self.parallel_context)
 
     def position_embeddings(self, plan: ForwardPlan) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin of a plan's rows, both [1, rows, 1, head_dim], as the layers take them."""
-        cos, sin = self.rotary_emb(self.embed_tokens.weight, plan.positions[None])
-        return cos.unsqueeze(2), sin.unsqueeze(2)
+        """cos and sin of a plan's rows, both [1, rows, head_dim], as the layers take them."""
+        return self.rotary_emb(self.embed_tokens.weight, plan.positions[None])
 
     def run_layers(
         self,
@@ -125,8 +124,7 @@ class CPQwen3MoeModel(Qwen3MoeModel):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Embedded rows of this rank, [rows, H], through all layers: (hidden, residual).
 
-        The last layer's output is hidden + residual. Collective, as the layers are. Runs inside
-        `parallel_context.forward(phase)`.
+        The last layer's output is hidden + residual. Collective, as the layers are.
 
         Args:
             layer_inputs: a list to which each layer's input, [rows, H], is appended.

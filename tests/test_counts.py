@@ -14,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import Qwen3MoeConfig
 
 from qwen3cp import CPQwen3MoeForCausalLM, ForwardPhase, collectives
@@ -50,7 +51,7 @@ class Recorder(TorchDispatchMode):
         name = str(func.overloadpacket)
         self.calls.append(name)
         out = func(*args, **(kwargs or {}))
-        for tensor in torch.utils._pytree.tree_leaves(out):
+        for tensor in tree_leaves(out):
             if isinstance(tensor, torch.Tensor):
                 pointer = tensor.untyped_storage().data_ptr()
                 self.outputs.append((name, tensor.dtype, tuple(tensor.shape), pointer))
@@ -197,9 +198,9 @@ def most_gathers_alive(path: Path) -> int:
     most = 0
     start = collectives.kv_gather
 
-    def watched(packed, ctx) -> PendingGather:
+    def watched(packed, ctx, **kwargs) -> PendingGather:
         nonlocal most
-        pending = start(packed, ctx)
+        pending = start(packed, ctx, **kwargs)
         buffers.append(weakref.ref(pending._result))
         most = max(most, sum(ref() is not None for ref in buffers))
         return pending
@@ -325,29 +326,28 @@ def test_decode_of_forks_that_share_pages_is_split_and_right(small):
 
 def full_size(name: str) -> Qwen3MoeConfig:
     """The published sizes of Qwen3-30B-A3B and Qwen3-235B-A22B, with two layers."""
-    sizes = {
-        "30b": dict(hidden_size=2048, num_attention_heads=32, moe_intermediate_size=768),
-        "235b": dict(hidden_size=4096, num_attention_heads=64, moe_intermediate_size=1536),
-    }[name]
-    return Qwen3MoeConfig(
+    hidden, heads, width = {"30b": (2048, 32, 768), "235b": (4096, 64, 1536)}[name]
+    sizes: dict[str, Any] = dict(
         vocab_size=151936,
-        num_hidden_layers=2,
+        hidden_size=hidden,
+        num_attention_heads=heads,
         num_key_value_heads=4,
         head_dim=128,
+        moe_intermediate_size=width,
+        num_hidden_layers=2,
         num_experts=128,
         num_experts_per_tok=8,
         norm_topk_prob=True,
         max_position_embeddings=262144,
-        dtype=torch.bfloat16,
-        **sizes,
     )
+    return Qwen3MoeConfig(**sizes)
 
 
 @pytest.mark.parametrize("name", ["30b", "235b"])
 def test_nothing_is_read_back_from_the_device(name):
     """On meta tensors, reading a value raises; ids and lengths of a prefill are host integers."""
     with torch.device("meta"):
-        model = CPQwen3MoeForCausalLM(full_size(name)).to(torch.bfloat16)
+        model = CPQwen3MoeForCausalLM(full_size(name)).bfloat16()
     cache = model.new_kv_cache(num_pages=200)
     assert cache.device.type == "meta"
     sequences = [cache.new_sequence() for _ in range(3)]

@@ -180,7 +180,7 @@ def one_rank_differs(cp: int, tp: int, path: Path, kind: str) -> tuple[str, str,
     odd = model.parallel_context.rank == model.parallel_context.world_size - 1
     cache = model.new_kv_cache(num_pages=4)
     sequence = cache.new_sequence()
-    ids = [5, 6, 7]
+    ids: Any = [5, 6, 7]
     try:
         if kind == "length":
             model.prefill(cache, [sequence], [ids[:2] if odd else ids])
@@ -201,7 +201,8 @@ def one_rank_differs(cp: int, tp: int, path: Path, kind: str) -> tuple[str, str,
             else:
                 model.prefill(cache, [sequence], [[1]])
         elif kind == "not an error of ours":
-            model.prefill(cache, [sequence], [object()] if odd else [ids])
+            prompts: Any = [[object()]] if odd else [ids]
+            model.prefill(cache, [sequence], prompts)
     except errors.Qwen3CPError as error:
         unchanged = sequence.length == (3 if kind == "phase" else 0)
         return type(error).__name__, str(error), unchanged
@@ -233,10 +234,9 @@ def test_ranks_that_make_other_calls_are_told_apart_and_do_not_hang(
 
 
 def _without_check(path: Path) -> list[Any]:
-    from tests.ranks import context
-
     from qwen3cp import CPQwen3MoeForCausalLM
     from qwen3cp.collectives import record_communication
+    from tests.ranks import context
 
     ctx = context(2, 1, comm=CommConfig(check_plan=False))
     model = CPQwen3MoeForCausalLM.from_pretrained(path, parallel_context=ctx, dtype=torch.float32)

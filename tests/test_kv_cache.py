@@ -11,12 +11,10 @@ import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
-    Bundle,
     RuleBasedStateMachine,
-    consumes,
     initialize,
     invariant,
-    multiple,
+    precondition,
     rule,
 )
 
@@ -95,16 +93,29 @@ def pages_for(tokens: int) -> int:
     return pages
 
 
+def if_any(rule: Any) -> Any:
+    """Only where there is a sequence."""
+    return precondition(lambda machine: machine.tokens)(rule)
+
+
 class CacheMachine(RuleBasedStateMachine):
     """A cache beside a dictionary of what each sequence should hold."""
 
-    sequences = Bundle("sequences")
-
-    @initialize(num_pages=st.integers(2, 8))
-    def start(self, num_pages):
-        self.cache = new_cache(num_pages)
+    def __init__(self) -> None:
+        super().__init__()
+        self.cache = new_cache()
         self.tokens: dict[Sequence, list[int]] = {}
         self.next_token = 0
+
+    @initialize(num_pages=st.integers(2, 9), length=st.sampled_from([0, 100, 128, 130]))
+    def start(self, num_pages, length):
+        self.cache = new_cache(num_pages)
+        self.new_sequence()
+        if length:
+            self.append_to(list(self.tokens), [length])
+
+    def any_of_them(self, data: st.DataObject) -> Sequence:
+        return data.draw(st.sampled_from(list(self.tokens)))
 
     def state(self) -> Any:
         lengths_and_pages = [(s.length, s.pages) for s in self.tokens]
@@ -141,27 +152,16 @@ class CacheMachine(RuleBasedStateMachine):
         assert self.state() == before
         return False
 
-    @rule(target=sequences)
-    def new_sequence(self):
-        sequence = self.cache.new_sequence()
-        self.tokens[sequence] = []
-        return sequence
-
-    @rule(
-        batch=st.lists(
-            st.tuples(sequences, st.one_of(st.integers(1, 10), st.sampled_from([100, 128, 200]))),
-            min_size=1,
-            max_size=3,
-            unique_by=lambda pair: id(pair[0]),
-        ),
-        cp=st.integers(1, 3),
-        phase=st.sampled_from(list(ForwardPhase)),
-    )
-    def append(self, batch, cp, phase):
-        chosen, lengths = [s for s, _ in batch], [n for _, n in batch]
-        if self.attempt(
-            self.pages_to_reserve(chosen, lengths), lambda: self.cache.reserve(chosen, lengths)
-        ):
+    def append_to(
+        self,
+        chosen: list[Sequence],
+        lengths: list[int],
+        cp: int = 1,
+        phase: ForwardPhase = ForwardPhase.PREFILL,
+    ) -> None:
+        needed = self.pages_to_reserve(chosen, lengths)
+        assert self.cache.pages_needed(chosen, lengths) == needed
+        if self.attempt(needed, lambda: self.cache.reserve(chosen, lengths)):
             reserved = self.state()
             self.cache.reserve(chosen, lengths)
             assert self.state() == reserved
@@ -171,45 +171,77 @@ class CacheMachine(RuleBasedStateMachine):
             for sequence, tokens in zip(chosen, made, strict=True):
                 self.tokens[sequence] += tokens
 
-    @rule(sequence=sequences, length=st.integers(1, 400))
-    def reserve_then_cancel(self, sequence, length):
+    @precondition(lambda self: len(self.tokens) < 8)
+    @rule()
+    def new_sequence(self):
+        self.tokens[self.cache.new_sequence()] = []
+
+    @if_any
+    @rule(data=st.data(), length=st.sampled_from([1, 7, 128, 150]))
+    def append_to_one(self, data, length):
+        self.append_to([self.any_of_them(data)], [length])
+
+    @if_any
+    @rule(data=st.data())
+    def fill_the_page_of_one(self, data):
+        sequence = self.any_of_them(data)
+        self.append_to([sequence], [PAGE - sequence.length % PAGE])
+
+    @if_any
+    @rule(data=st.data(), cp=st.integers(1, 3), phase=st.sampled_from(list(ForwardPhase)))
+    def append_to_some(self, data, cp, phase):
+        sequences = st.sampled_from(list(self.tokens))
+        chosen = data.draw(st.lists(sequences, min_size=1, max_size=4, unique=True))
+        lengths = [data.draw(st.integers(1, 60)) for _ in chosen]
+        self.append_to(chosen, lengths, cp, phase)
+
+    @if_any
+    @rule(data=st.data(), length=st.integers(1, 400))
+    def reserve_then_cancel(self, data, length):
+        sequence = self.any_of_them(data)
         needed = self.pages_to_reserve([sequence], [length])
-        assert self.cache.pages_needed([sequence], [length]) == needed
         if self.attempt(needed, lambda: self.cache.reserve([sequence], [length])):
             write(self.cache, [sequence], self.new_tokens([length]))
             self.cache.cancel([sequence])
             assert len(sequence.pages) == pages_for(sequence.length)
 
-    @rule(target=sequences, sequence=sequences)
-    def fork(self, sequence):
+    @precondition(lambda self: self.tokens and len(self.tokens) < 8)
+    @rule(data=st.data(), dropped=st.sampled_from([0, 0, 1, 28]))
+    def fork(self, data, dropped):
+        sequence = self.any_of_them(data)
         twins = []
         copies = 1 if sequence.length % PAGE else 0
         free = self.cache.num_free_pages
-        if not self.attempt(copies, lambda: twins.append(self.cache.fork(sequence))):
-            return multiple()
-        assert self.cache.num_free_pages == free - copies
-        self.tokens[twins[0]] = list(self.tokens[sequence])
-        return twins[0]
+        if self.attempt(copies, lambda: twins.append(self.cache.fork(sequence))):
+            assert self.cache.num_free_pages == free - copies
+            self.tokens[twins[0]] = list(self.tokens[sequence])
+            self.truncate_to(twins[0], max(0, sequence.length - dropped))
 
-    @rule(sequence=sequences, share=st.floats(0, 1))
-    def truncate(self, sequence, share):
-        length = round(sequence.length * share)
+    def truncate_to(self, sequence: Sequence, length: int) -> None:
         self.cache.truncate(sequence, length)
         del self.tokens[sequence][length:]
 
-    @rule(sequence=consumes(sequences))
-    def free(self, sequence):
+    @if_any
+    @rule(data=st.data(), dropped=st.sampled_from([0, 1, 28, 128, 200]))
+    def truncate(self, data, dropped):
+        sequence = self.any_of_them(data)
+        self.truncate_to(sequence, max(0, sequence.length - dropped))
+
+    @precondition(lambda self: len(self.tokens) > 1)
+    @rule(data=st.data())
+    def free(self, data):
+        sequence = self.any_of_them(data)
         self.cache.free(sequence)
         del self.tokens[sequence]
         with pytest.raises(InputError, match="sequence 0 was freed"):
             self.cache.free(sequence)
 
+    @precondition(lambda self: self.cache.num_pages < 10)
     @rule(pages=st.integers(0, 2))
     def grow(self, pages):
-        if self.cache.num_pages + pages <= 14:
-            free = self.cache.num_free_pages
-            self.cache.grow(self.cache.num_pages + pages)
-            assert self.cache.num_free_pages == free + pages
+        free = self.cache.num_free_pages
+        self.cache.grow(self.cache.num_pages + pages)
+        assert self.cache.num_free_pages == free + pages
 
     @invariant()
     def sequences_hold_their_tokens(self):
@@ -237,10 +269,9 @@ class CacheMachine(RuleBasedStateMachine):
                 holders.setdefault(page, []).append((place, tokens))
 
     def teardown(self):
-        if hasattr(self, "cache"):
-            for sequence in self.tokens:
-                self.cache.free(sequence)
-            assert self.cache.num_free_pages == self.cache.num_pages - 1
+        for sequence in self.tokens:
+            self.cache.free(sequence)
+        assert self.cache.num_free_pages == self.cache.num_pages - 1
 
 
 TestCacheMachine = CacheMachine.TestCase
@@ -313,6 +344,25 @@ def test_the_last_writer_of_a_shared_page_keeps_it():
     cache.commit([sequence, twin], [3, 4])
     assert_holds(cache, sequence, [*range(100), 500, 501, 502])
     assert_holds(cache, twin, [*range(60), 600, 601, 602, 603])
+
+
+def test_every_writer_of_a_page_that_another_holds_needs_a_copy():
+    cache = new_cache(num_pages=3)
+    sequence = cache.new_sequence()
+    append(cache, sequence, list(range(PAGE)))
+    twins = [cache.fork(sequence), cache.fork(sequence)]
+    for twin in twins:
+        cache.truncate(twin, 100)
+    with pytest.raises(KVCacheFullError, match="2 pages of 128 tokens .* only 1 of 2 are free"):
+        cache.reserve(twins, [1, 1])
+    assert {s.pages for s in (sequence, *twins)} == {(1,)}
+    cache.grow(4)
+    cache.reserve(twins, [1, 1])
+    write(cache, twins, [[500], [600]])
+    cache.commit(twins, [1, 1])
+    assert_holds(cache, sequence, list(range(PAGE)))
+    assert_holds(cache, twins[0], [*range(100), 500])
+    assert_holds(cache, twins[1], [*range(100), 600])
 
 
 def test_a_full_cache_refuses_a_copy_and_leaves_both_sequences():

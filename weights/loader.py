@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections import defaultdict
 from pathlib import Path
@@ -37,7 +38,7 @@ def load_pretrained(
 ) -> CPQwen3MoeForCausalLM:
     """`CPQwen3MoeForCausalLM.from_pretrained` of one rank. Not collective."""
     folder = find_checkpoint(str(name_or_path), hub_kwargs)
-    config = _read_config(folder) if config is None else config
+    config = _read_config(folder) if config is None else copy.deepcopy(config)
     check_supported(config, ctx)
     dtype = _resolve_dtype(dtype, config)
     check_dtype(dtype, device)

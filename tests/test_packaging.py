@@ -1,0 +1,52 @@
+"""The wheel holds real files of the linked folders, and the version stands in one place."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import qwen3cp
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_wheel_holds_the_linked_folders(tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    ignore = shutil.ignore_patterns("__pycache__", "*.egg-info")
+    for name in ("weights", "eval", "qwen3cp"):
+        shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=ignore)
+    subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
+        + ["--wheel-dir", str(tmp_path), str(source)],
+        check=True,
+        cwd=tmp_path,
+    )
+    (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.name.startswith(f"qwen3cp-{qwen3cp.__version__}-py3-none-any")
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+        (top_level,) = (n for n in names if n.endswith("top_level.txt"))
+        assert archive.read(top_level).decode().split() == ["qwen3cp"]
+    expected = {f"qwen3cp/{p.relative_to(ROOT / 'qwen3cp')}" for p in ROOT.glob("qwen3cp/*.py")}
+    expected |= {f"qwen3cp/ops/{p.name}" for p in ROOT.glob("qwen3cp/ops/*.py")}
+    for folder in ("weights", "eval"):
+        expected |= {f"qwen3cp/{folder}/{p.name}" for p in (ROOT / folder).glob("*.py")}
+    assert expected | {"qwen3cp/py.typed"} <= names
+
+
+def test_linked_folders_are_links():
+    for folder in ("weights", "eval"):
+        link = ROOT / "qwen3cp" / folder
+        assert link.is_symlink() and link.resolve() == ROOT / folder
+
+
+def test_public_names():
+    for name in qwen3cp.__all__:
+        assert hasattr(qwen3cp, name), name
+    assert sorted(qwen3cp.__all__, key=str.lower) == sorted(set(qwen3cp.__all__), key=str.lower)
