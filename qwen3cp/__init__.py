@@ -1,5 +1,7 @@
 """Context-parallel Qwen3-MoE inference modules for Ascend NPUs, and the same code on a CPU."""
 
+import logging
+
 from qwen3cp import collectives, errors, ops
 from qwen3cp.attention import CPQwen3MoeAttention
 from qwen3cp.decoder import CPQwen3MoeDecoderLayer
@@ -32,3 +34,5 @@ __all__ = [
     "ops",
     "register_auto",
 ]
+
+logging.getLogger(__name__).addHandler(logging.NullHandler())

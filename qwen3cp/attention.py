@@ -67,15 +67,17 @@ class CPQwen3MoeAttention(Qwen3MoeAttention):
         """
         ctx = self.parallel_context
         _check_plan(plan, hidden, ctx)
+        # [1, T, 1, D]: the operator takes at most 999 batches, so tokens go in its S axis
+        cos, sin = (x.view(1, -1, 1, self.head_dim) for x in position_embeddings)
         packed = hidden.new_empty(2, plan.padded_rows, self.num_kv_heads * self.head_dim)
         key, value = packed[0, : plan.num_rows], packed[1, : plan.num_rows]
         projected = self.k_proj(hidden)
-        key.copy_(self._norm_and_rotate(projected, self.k_norm, position_embeddings).flatten(1))
+        key.copy_(self._norm_and_rotate(projected, self.k_norm, cos, sin).flatten(1))
         _linear_into(value, hidden, self.v_proj)
         gather = collectives.kv_gather(packed, ctx, split=plan.is_split)
 
         # in flight: the gather
-        query = self._norm_and_rotate(self.q_proj(hidden), self.q_norm, position_embeddings)
+        query = self._norm_and_rotate(self.q_proj(hidden), self.q_norm, cos, sin)
 
         torch.ops.npu.npu_scatter_nd_update_(kv.rows, plan.slots, gather.wait())
         attended = self._attend(query, plan, kv)
@@ -84,16 +86,11 @@ class CPQwen3MoeAttention(Qwen3MoeAttention):
         return collectives.all_reduce(partial, ctx, in_place=True)
 
     def _norm_and_rotate(
-        self,
-        projected: torch.Tensor,
-        norm: torch.nn.Module,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        self, projected: torch.Tensor, norm: torch.nn.Module, cos: torch.Tensor, sin: torch.Tensor
     ) -> torch.Tensor:
         """[T, heads * D] -> [T, heads, D]"""
-        cos, sin = (x.view(1, -1, 1, self.head_dim) for x in position_embeddings)
         heads_TND = projected.unflatten(-1, (projected.shape[-1] // self.head_dim, self.head_dim))
         normed = torch.ops.npu.npu_rms_norm(heads_TND, norm.weight, norm.variance_epsilon)[0]
-        # as [1, T, heads, D]: the operator takes at most 999 batches, tokens go in its S axis
         return torch.ops.npu.npu_rotary_mul(normed[None], cos, sin)[0]
 
     def _attend(self, query_TND: torch.Tensor, plan: ForwardPlan, kv: LayerKV) -> torch.Tensor:

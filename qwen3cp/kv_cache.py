@@ -98,6 +98,7 @@ class PagedKVCache:
             num_layers, 2, num_pages * page_size, kv_width, dtype=dtype, device=device
         )
         self._causal_mask = torch.ones(2048, 2048, dtype=torch.bool, device=device).triu_(1)
+        self._layers = self._layer_views()
         self._free = list(range(num_pages - 1, 0, -1))  # taken from the end: lowest page first
         self._references = [0] * num_pages
 
@@ -128,14 +129,7 @@ class PagedKVCache:
 
     def layer(self, index: int) -> LayerKV:
         """The part of one layer, as the modules take it."""
-        kv = self._kv[index]
-        pages = kv.view(2, self.num_pages, self.page_size, kv.shape[-1])
-        return LayerKV(
-            rows=kv.view(-1, kv.shape[-1]),
-            key=pages[0],
-            value=pages[1],
-            causal_mask=self._causal_mask,
-        )
+        return self._layers[index]
 
     def new_sequence(self) -> Sequence:
         """An empty sequence; it owns no page yet."""
@@ -271,6 +265,7 @@ class PagedKVCache:
         self._free[:0] = range(num_pages - 1, self.num_pages - 1, -1)
         self._references += [0] * (num_pages - self.num_pages)
         self.num_pages = num_pages
+        self._layers = self._layer_views()
 
     def read(self, sequence: Sequence, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Copies of the keys (rotated) and values of a sequence: both [length, W]."""
@@ -291,6 +286,19 @@ class PagedKVCache:
                 raise InputError(f"sequence {i} belongs to another cache")
         if len({id(s) for s in sequences}) != len(sequences):
             raise InputError("a sequence is given twice in one call; fork it instead")
+
+    def _layer_views(self) -> list[LayerKV]:
+        """Made once: every layer of every forward takes them."""
+        pages = self._kv.view(self.num_layers, 2, self.num_pages, self.page_size, self.kv_width)
+        return [
+            LayerKV(
+                rows=kv.view(-1, self.kv_width),
+                key=pages[layer, 0],
+                value=pages[layer, 1],
+                causal_mask=self._causal_mask,
+            )
+            for layer, kv in enumerate(self._kv)
+        ]
 
     def _pages_of(self, length: int) -> int:
         return -(-length // self.page_size)

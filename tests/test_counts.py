@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import Qwen3MoeConfig
 
-from qwen3cp import CPQwen3MoeForCausalLM, ForwardPhase, collectives
+from qwen3cp import CPQwen3MoeForCausalLM, ForwardPhase, PagedCacheAdapter, collectives
 from qwen3cp.collectives import PendingGather, record_communication
 from tests.models import load, random_ids, save_random
 
@@ -360,3 +360,16 @@ def test_nothing_is_read_back_from_the_device(name):
         next_ids = logits.argmax(-1)
     assert [s.length for s in sequences] == [4098, 3, 702]
     assert (logits.shape, logits.dtype) == ((3, 151936), torch.float32)
+
+    # the same through transformers' forward, as generate() decodes: ids and mask on the device
+    past = PagedCacheAdapter(cache)
+    past.advance(sequences, 4098, set())
+    output = model(
+        next_ids[:, None],
+        attention_mask=torch.ones(3, 4099, device="meta"),
+        past_key_values=past,
+        logits_to_keep=1,
+        phase=DECODE,
+    )
+    assert output.logits.shape == (3, 1, 151936)
+    assert past.get_seq_length() == 4099

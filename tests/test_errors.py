@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from qwen3cp import CommConfig, ForwardPhase, PagedKVCache, ParallelContext, errors
 from qwen3cp.errors import InputError, KVCacheFullError
@@ -155,6 +157,35 @@ def test_every_mistake_raises_its_error_on_every_rank(ranks, checkpoint, topolog
             assert name in raised, f"{name} was not noticed"
             assert raised[name][0] == error_type.__name__, (name, raised[name])
             assert re.search(words, raised[name][1]), (name, raised[name])
+
+
+def _one_bad_id(cp: int, tp: int, path: Path, lengths: list[int], at: int, bad: int) -> str:
+    model = load(path, cp, tp)
+    cache = model.new_kv_cache(num_pages=12)
+    sequences = [cache.new_sequence() for _ in lengths]
+    flat = torch.cat(random_ids(0, *lengths))
+    flat[at % len(flat)] = bad
+    with pytest.raises(InputError) as caught:
+        model.prefill(cache, sequences, list(flat.split(lengths)))
+    assert (cache.num_free_pages, [s.length for s in sequences]) == (11, [0] * len(lengths))
+    return str(caught.value)
+
+
+@given(
+    st.lists(st.integers(1, 200), min_size=1, max_size=4),
+    st.integers(0, 10_000),
+    st.one_of(st.integers(-(2**40), -1), st.integers(640, 2**40)),
+    st.sampled_from([(1, 1), (2, 1), (2, 2)]),
+)
+@settings(max_examples=15)
+def test_one_id_outside_the_vocabulary_anywhere(ranks, checkpoint, lengths, at, bad, topology):
+    cp, tp = topology
+    if cp * tp == 1:
+        messages = [_one_bad_id(1, 1, checkpoint, lengths, at, bad)]
+    else:
+        messages = ranks(cp * tp).run(_one_bad_id, cp, tp, checkpoint, lengths, at, bad)
+    for message in messages:
+        assert f"the id {bad}, outside the vocabulary 0..639" in message
 
 
 def _longer_than_trained(path: Path) -> float:
