@@ -246,7 +246,7 @@ def _find_model(name: str) -> None:
     if Path(name).is_dir():
         if not (Path(name) / "config.json").is_file():
             raise CheckpointError(f"{name} has no config.json")
-    elif not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) or Path(name).parent.is_dir():
+    elif not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
         raise CheckpointError(f"there is no folder {name}")
 
 

@@ -225,14 +225,63 @@ class CPQwen3MoeModel(Qwen3MoeModel):
             place[owner == rank] = torch.arange(count)
         return gathered[(owner * len(part) + place).to(gathered.device)]
 
-    def gather_hidden_states(
-        self, layer_inputs: list[torch.Tensor], last: torch.Tensor, plan: ForwardPlan
-    ) -> list[torch.Tensor]:
-        """Each layer's input and the final output, [T, H], in the order of the tokens."""
-        ctx = self.parallel_context
-        return [*(plan.gather(rows, ctx) for rows in layer_inputs), last]
+    def forward_batch(
+        self,
+        result_of: Callable[[torch.Tensor, torch.Tensor, ForwardPlan, torch.Tensor], torch.Tensor],
+        input_ids: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        past_key_values: Cache | None,
+        *,
+        output_hidden_states: bool | None,
+        phase: ForwardPhase | None,
+        refused: dict[str, Any],
+        logits_to_keep: int | torch.Tensor = 0,
+    ) -> tuple[torch.Tensor, PaddedCall, tuple[torch.Tensor, ...] | None]:
+        """A transformers-style forward over a padded batch.
 
-    def read_batch(
+        Args:
+            result_of: (hidden, residual, plan, tokens) -> rows of the tokens, on every rank.
+            refused: arguments that must be unset.
+
+        Returns:
+            The result of the kept columns, [batch, kept, ...]; the call; the hidden states of all
+            columns if they are asked for.
+        """
+        phase = ForwardPhase.PREFILL if phase is None else phase
+        wants_states = output_hidden_states or (
+            output_hidden_states is None and self.config.output_hidden_states
+        )
+        layer_inputs: list[torch.Tensor] | None = [] if wants_states else None
+
+        def read() -> Request:
+            return self._read_batch(
+                input_ids,
+                attention_mask,
+                position_ids,
+                past_key_values,
+                logits_to_keep,
+                phase,
+                refused,
+            )
+
+        states = None
+        with self.step(phase, read) as (request, plan):
+            hidden, residual = self.run(request, plan, layer_inputs=layer_inputs)
+            rows = result_of(hidden, residual, plan, request.wanted)
+            if layer_inputs is not None:
+                every = torch.arange(len(request.ids))
+                last = self.final_hidden(hidden, residual, plan, every)
+                states = [plan.gather(rows, self.parallel_context) for rows in layer_inputs]
+                states.append(last)
+        call = request.padded
+        assert call is not None
+        call.past.advance(call.all_rows, call.batch.token_of_cell.shape[1], call.batch.closed)
+        if states is not None:
+            states = tuple(call.batch.pad(state, call.batch.token_of_cell) for state in states)
+        return call.batch.pad(rows, call.cells), call, states
+
+    def _read_batch(
         self,
         input_ids: torch.Tensor | None,
         attention_mask: torch.Tensor | None,
@@ -294,26 +343,20 @@ class CPQwen3MoeModel(Qwen3MoeModel):
 
         Collective over the replica. Arguments as of `CPQwen3MoeForCausalLM.forward`.
         """
-        phase = ForwardPhase.PREFILL if phase is None else phase
-        refused = dict(kwargs, inputs_embeds=inputs_embeds)
-        layer_inputs = _list_if(output_hidden_states, self.config)
-
-        def read() -> Request:
-            return self.read_batch(
-                input_ids, attention_mask, position_ids, past_key_values, 0, phase, refused
-            )
-
-        with self.step(phase, read) as (request, plan):
-            hidden, residual = self.run(request, plan, layer_inputs=layer_inputs)
-            last = self.final_hidden(hidden, residual, plan, request.wanted)
-            states = None
-            if layer_inputs is not None:
-                states = self.gather_hidden_states(layer_inputs, last, plan)
-        call = request.finish()
+        last, call, states = self.forward_batch(
+            self.final_hidden,
+            input_ids,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            output_hidden_states=output_hidden_states,
+            phase=phase,
+            refused=dict(kwargs, inputs_embeds=inputs_embeds),
+        )
         output = MoeModelOutputWithPast(
-            last_hidden_state=call.batch.pad(last, call.cells),
+            last_hidden_state=last,
             past_key_values=call.past if _use_cache(use_cache, self.config) else None,
-            hidden_states=call.pad_states(states),
+            hidden_states=states,
         )
         return output if _returns_dict(return_dict, self.config) else output.to_tuple()
 
@@ -351,12 +394,6 @@ class PaddedCall:
     past: PagedCacheAdapter
     all_rows: list[Sequence]
 
-    def pad_states(self, states: list[torch.Tensor] | None) -> tuple[torch.Tensor, ...] | None:
-        """[T, H] of each layer -> [batch, columns, H] of each layer."""
-        if states is None:
-            return None
-        return tuple(self.batch.pad(rows, self.batch.token_of_cell) for rows in states)
-
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
@@ -370,13 +407,6 @@ class Request:
     wanted: torch.Tensor
     """int64, on the host: the tokens, among the T, whose logits are asked for."""
     padded: PaddedCall | None = None
-
-    def finish(self) -> PaddedCall:
-        """Counts the columns of a padded batch, once its forward has succeeded."""
-        call = self.padded
-        assert call is not None
-        call.past.advance(call.all_rows, call.batch.token_of_cell.shape[1], call.batch.closed)
-        return call
 
 
 class CPQwen3MoeForCausalLM(Qwen3MoeForCausalLM):
@@ -621,39 +651,26 @@ class CPQwen3MoeForCausalLM(Qwen3MoeForCausalLM):
             logits [batch, kept columns, V] in the model's dtype, zeros at padding; with
             output_hidden_states, those of all columns, whole on every rank.
         """
-        phase = ForwardPhase.PREFILL if phase is None else phase
-        refused = dict(
-            kwargs,
-            inputs_embeds=inputs_embeds,
-            labels=labels,
-            output_router_logits=output_router_logits,
+        logits, call, states = self.model.forward_batch(
+            self._logits,
+            input_ids,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            logits_to_keep=logits_to_keep,
+            output_hidden_states=output_hidden_states,
+            phase=phase,
+            refused=dict(
+                kwargs,
+                inputs_embeds=inputs_embeds,
+                labels=labels,
+                output_router_logits=output_router_logits,
+            ),
         )
-        layer_inputs = _list_if(output_hidden_states, self.config)
-
-        def read() -> Request:
-            return self.model.read_batch(
-                input_ids,
-                attention_mask,
-                position_ids,
-                past_key_values,
-                logits_to_keep,
-                phase,
-                refused,
-            )
-
-        with self.model.step(phase, read) as (request, plan):
-            hidden, residual = self.model.run(request, plan, layer_inputs=layer_inputs)
-            logits = self._logits(hidden, residual, plan, request.wanted)
-            states = None
-            if layer_inputs is not None:
-                every = torch.arange(len(request.ids))
-                last = self.model.final_hidden(hidden, residual, plan, every)
-                states = self.model.gather_hidden_states(layer_inputs, last, plan)
-        call = request.finish()
         output = MoeCausalLMOutputWithPast(
-            logits=call.batch.pad(logits, call.cells),
+            logits=logits,
             past_key_values=call.past if _use_cache(use_cache, self.config) else None,
-            hidden_states=call.pad_states(states),
+            hidden_states=states,
         )
         return output if _returns_dict(return_dict, self.config) else output.to_tuple()
 
@@ -761,11 +778,6 @@ def register_auto() -> None:
     For the whole process, also for code that wants transformers' own; hence a call of its own.
     """
     AutoModelForCausalLM.register(Qwen3MoeConfig, CPQwen3MoeForCausalLM, exist_ok=True)
-
-
-def _list_if(wanted: bool | None, config: Qwen3MoeConfig) -> list[torch.Tensor] | None:
-    wanted = config.output_hidden_states if wanted is None else wanted
-    return [] if wanted else None
 
 
 def _use_cache(use_cache: bool | None, config: Qwen3MoeConfig) -> bool:

@@ -75,6 +75,16 @@ class Ranks:
         self._folder.cleanup()
 
 
+def run(
+    ranks: Callable[[int], Ranks], topology: tuple[int, int], function: Callable, *args: Any
+) -> list[Any]:
+    """function(cp, tp, *args) on every rank of a topology; the results by rank."""
+    cp, tp = topology
+    if cp * tp == 1:
+        return [function(cp, tp, *args)]
+    return ranks(cp * tp).run(function, cp, tp, *args)
+
+
 def context(cp: int, tp: int, **kwargs: Any) -> Any:
     """In a rank: the ParallelContext of a topology, made once per process."""
     from qwen3cp import ParallelContext

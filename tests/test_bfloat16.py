@@ -9,6 +9,7 @@ import torch
 
 from qwen3cp.ops.settings import settings
 from tests.models import load, random_ids, reference, reference_logits
+from tests.ranks import run
 
 LENGTHS = (700, 64, 129, 1, 3)  # 897 positions a seed
 SEEDS = (0, 1, 2)
@@ -42,11 +43,7 @@ def truths(checkpoint):
 @pytest.mark.parametrize("topology", [(1, 1), (2, 1), (1, 2), (2, 2), (4, 1), (1, 4)], ids=str)
 def test_error_against_float32(ranks, checkpoint, truths, topology):
     prompts, truth, theirs = truths
-    cp, tp = topology
-    if cp * tp == 1:
-        results = [bfloat16_logits(1, 1, checkpoint, prompts, True)]
-    else:
-        results = ranks(cp * tp).run(bfloat16_logits, cp, tp, checkpoint, prompts, True)
+    results = run(ranks, topology, bfloat16_logits, checkpoint, prompts, True)
     ours = relative_error(results[0], truth)
     assert 0 < ours <= ALLOWED * theirs, (ours, theirs)
 

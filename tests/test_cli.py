@@ -1,4 +1,7 @@
-"""The command line: alone, on ranks that it starts, under torchrun and under accelerate."""
+"""The command line: alone, under torchrun, and on ranks that it starts.
+
+Under `accelerate launch` it runs in test_examples.py.
+"""
 
 import json
 import logging
@@ -8,6 +11,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -271,6 +276,15 @@ def test_other_errors_have_a_traceback_and_exit_code_1(run, monkeypatch):
     assert result.stderr.splitlines()[-1] == "error: RuntimeError: the disk is on fire"
 
 
+def test_an_interrupted_rank_says_nothing(run, monkeypatch):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(CPQwen3MoeForCausalLM, "from_pretrained", interrupt)
+    result = run("generate", MODEL, "--prompt", "a")
+    assert (result.code, result.stdout, result.stderr) == (130, "", "")
+
+
 def test_exit_codes():
     assert exit_code_of(KVCacheFullError("full")) == 1
     assert exit_code_of(CommunicationError("lost")) == 1
@@ -434,34 +448,27 @@ def test_a_killed_rank_is_named(launcher, tmp_path, capfd):
     assert capfd.readouterr() == ("", "error: rank 1 was ended by SIGKILL\n")
 
 
-def test_interrupt_ends_all_ranks():
-    command = [str(BIN / "qwen3cp"), "generate", MODEL, "--cp", "2", "--prompt", SHORT]
-    with subprocess.Popen(
-        [*command, "--max-new-tokens", "8000"],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    ) as running:
-        assert running.stderr is not None
-        assert "loaded in" in running.stderr.readline()
-        ranks = children_of(running.pid)
-        assert len(ranks) == 2
-        running.send_signal(signal.SIGINT)
-        rest = running.stderr.read()
-        assert running.wait(timeout=30) == 128 + signal.SIGINT
-    assert rest == ""
-    assert not [rank for rank in ranks if Path(f"/proc/{rank}").exists()]
-
-
-def test_accelerate_launch():
-    result = process(
-        *(str(BIN / "accelerate"), "launch", "--cpu", "--num_processes", "2"),
-        *("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"),
-        *("-m", "qwen3cp.cli", "generate", MODEL, "--cp", "2", "--prompt", SHORT, *GREEDY),
+def test_interrupt_ends_all_ranks(launcher, tmp_path, capfd):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import os, sys, time\n"
+        "open(f'{sys.argv[1]}.{os.environ['RANK']}', 'w').write(str(os.getpid()))\n"
+        "try: time.sleep(60)\n"
+        "except KeyboardInterrupt: sys.exit(130)\n"
     )
-    assert result.code == 0, result.stderr
-    assert "#### 72" in result.stdout and result.stdout.count("6 * 12") == 1
+    files = [tmp_path / f"pid.{rank}" for rank in range(2)]
+
+    def interrupt() -> None:
+        while not all(file.exists() and file.read_text() for file in files):
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    assert start_ranks(2, [str(script), str(tmp_path / "pid")]) == 128 + signal.SIGINT
+    thread.join()
+    assert not [file for file in files if Path(f"/proc/{file.read_text()}").exists()]
+    assert capfd.readouterr() == ("", "")
 
 
 # ------------------------------------------------------------------------------------------ help
@@ -472,8 +479,3 @@ def copy_of_checkpoint(parent: Path) -> Path:
     folder = parent / "checkpoint"
     shutil.copytree(CHECKPOINT, folder)
     return folder
-
-
-def children_of(pid: int) -> list[int]:
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text()
-    return [int(child) for child in children.split()]

@@ -12,6 +12,7 @@ from qwen3cp import CPQwen3MoeForCausalLM, ParallelContext
 from qwen3cp.config import check_supported, max_length_of
 from qwen3cp.errors import ParallelConfigError, UnsupportedConfigError
 from tests.models import TOLERANCE, load, random_ids, reference_logits, save_random
+from tests.ranks import run
 
 TOPOLOGIES = [(1, 1), (2, 1), (2, 2), (1, 4)]
 
@@ -60,11 +61,7 @@ def test_config_equals_transformers(ranks, random_checkpoints, name, topology):
     path = random_checkpoints[name]
     vocab_size = CONFIGS[name].get("vocab_size", 203)
     prompts = random_ids(11, 1, 6, 150, vocab_size=vocab_size)
-    cp, tp = topology
-    if cp * tp == 1:
-        results = [logits(cp, tp, path, prompts)]
-    else:
-        results = ranks(cp * tp).run(logits, cp, tp, path, prompts)
+    results = run(ranks, topology, logits, path, prompts)
     for result in results:
         for i, ids in enumerate(prompts):
             text = torch.cat((ids, torch.tensor([i % vocab_size])))

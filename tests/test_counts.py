@@ -20,6 +20,7 @@ from transformers import Qwen3MoeConfig
 from qwen3cp import CPQwen3MoeForCausalLM, ForwardPhase, PagedCacheAdapter, collectives
 from qwen3cp.collectives import PendingGather, record_communication
 from tests.models import load, random_ids, save_random
+from tests.ranks import run
 
 PREFILL, DECODE = ForwardPhase.PREFILL, ForwardPhase.DECODE
 FIA = "npu.npu_fused_infer_attention_score"
@@ -99,10 +100,7 @@ LAYERS, KV_HEADS, HEAD_DIM, HIDDEN, VOCAB, HEADS = 3, 2, 64, 96, 203, 4
 @pytest.mark.parametrize("lengths", [[300], [1], [5, 129, 1, 64]], ids=str)
 def test_operators_collectives_and_bytes_of_a_forward(ranks, small, topology, lengths):
     cp, tp = topology
-    if cp * tp == 1:
-        results = [calls_of_all_kinds(1, 1, small, lengths)]
-    else:
-        results = ranks(cp * tp).run(calls_of_all_kinds, cp, tp, small, lengths)
+    results = run(ranks, topology, calls_of_all_kinds, small, lengths)
     for rank_results in results:
         for step, (operators, counts, sent, padded_rows) in enumerate(rank_results):
             split = cp > 1 and step < 2
@@ -292,11 +290,7 @@ def split_calls(
 def test_attention_is_split_in_two_at_most_and_the_pool_stays(
     ranks, small, lengths, prefix, topology
 ):
-    cp, tp = topology
-    if cp * tp == 1:
-        results = [split_calls(1, 1, small, lengths, prefix)]
-    else:
-        results = ranks(cp * tp).run(split_calls, cp, tp, small, lengths, prefix)
+    results = run(ranks, topology, split_calls, small, lengths, prefix)
     for ((calls, planned, before, after),) in results:
         assert calls == LAYERS * planned
         assert planned <= 2

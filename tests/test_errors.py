@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from qwen3cp import CommConfig, ForwardPhase, PagedKVCache, ParallelContext, errors
 from qwen3cp.errors import InputError, KVCacheFullError
 from tests.models import load, random_ids, reference_logits
+from tests.ranks import context, run
 
 TOPOLOGIES = [(1, 1), (2, 1), (2, 2)]
 
@@ -145,13 +147,7 @@ def make_mistakes(cp: int, tp: int, path: Path) -> dict[str, tuple[str, str]]:
 
 @pytest.mark.parametrize("topology", TOPOLOGIES, ids=str)
 def test_every_mistake_raises_its_error_on_every_rank(ranks, checkpoint, topology):
-    import re
-
-    cp, tp = topology
-    if cp * tp == 1:
-        results = [make_mistakes(1, 1, checkpoint)]
-    else:
-        results = ranks(cp * tp).run(make_mistakes, cp, tp, checkpoint)
+    results = run(ranks, topology, make_mistakes, checkpoint)
     for raised in results:
         for name, (_, error_type, words) in MISTAKES.items():
             assert name in raised, f"{name} was not noticed"
@@ -179,11 +175,7 @@ def _one_bad_id(cp: int, tp: int, path: Path, lengths: list[int], at: int, bad: 
 )
 @settings(max_examples=15)
 def test_one_id_outside_the_vocabulary_anywhere(ranks, checkpoint, lengths, at, bad, topology):
-    cp, tp = topology
-    if cp * tp == 1:
-        messages = [_one_bad_id(1, 1, checkpoint, lengths, at, bad)]
-    else:
-        messages = ranks(cp * tp).run(_one_bad_id, cp, tp, checkpoint, lengths, at, bad)
+    messages = run(ranks, topology, _one_bad_id, checkpoint, lengths, at, bad)
     for message in messages:
         assert f"the id {bad}, outside the vocabulary 0..639" in message
 
@@ -267,7 +259,6 @@ def test_ranks_that_make_other_calls_are_told_apart_and_do_not_hang(
 def _without_check(path: Path) -> list[Any]:
     from qwen3cp import CPQwen3MoeForCausalLM
     from qwen3cp.collectives import record_communication
-    from tests.ranks import context
 
     ctx = context(2, 1, comm=CommConfig(check_plan=False))
     model = CPQwen3MoeForCausalLM.from_pretrained(path, parallel_context=ctx, dtype=torch.float32)

@@ -31,6 +31,7 @@ LAST_STEP = {  # what each must print; the numbers are the answers to its questi
 DRIVER = """
 import contextlib, io, json, os, runpy, sys
 import torch.distributed as dist
+from qwen3cp import cli
 
 output, *scripts = sys.argv[1:]
 dist.init_process_group("gloo")
@@ -39,10 +40,14 @@ dist.init_process_group = lambda *args, **kwargs: None
 dist.destroy_process_group = lambda *args: None
 results = {}
 for script in scripts:
-    sys.argv = [script]
+    sys.argv = script.split("\\t")
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
-        runpy.run_path(script, run_name="__main__")
+        if sys.argv[0] == "qwen3cp":
+            with contextlib.suppress(SystemExit):
+                cli.main()
+        else:
+            runpy.run_path(script, run_name="__main__")
     results[script] = printed.getvalue()
 json.dump(results, open(f"{output}.{os.environ['RANK']}", "w"))
 end()
@@ -51,22 +56,30 @@ end()
 
 @pytest.fixture(scope="module")
 def printed(tmp_path_factory) -> list[dict[str, str]]:
-    """What every example prints on each of two ranks that torchrun has started."""
+    """What every example prints on each of two ranks that `accelerate launch` has started.
+
+    And what the command line does there, under the name "qwen3cp".
+    """
     folder = tmp_path_factory.mktemp("examples")
     (folder / "driver.py").write_text(DRIVER)
     scripts = [str(EXAMPLES / f"{name}.py") for name in NAMES]
+    command = ["qwen3cp", "generate", str(CHECKPOINT), "--cp", "2", "--prompt-file"]
     subprocess.run(
         [
-            *(str(Path(sys.executable).parent / "torchrun"), "--standalone"),
-            *("--nproc-per-node", "2", str(folder / "driver.py"), str(folder / "output")),
+            *(str(Path(sys.executable).parent / "accelerate"), "launch", "--cpu"),
+            *("--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"),
+            *("--dynamo_backend", "no", str(folder / "driver.py"), str(folder / "output")),
             *scripts,
+            "\t".join([*command, str(EXAMPLES / "prompt.txt")]),
         ],
         check=True,
         timeout=120,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     ranks = [json.loads((folder / f"output.{rank}").read_text()) for rank in range(2)]
-    return [{Path(script).stem: text for script, text in rank.items()} for rank in ranks]
+    return [
+        {Path(script.split("\t")[0]).stem: text for script, text in rank.items()} for rank in ranks
+    ]
 
 
 def test_every_example_is_known():
@@ -83,6 +96,10 @@ def test_example(printed, name):
         assert float(difference) <= 2e-4
     if name == "fork_samples":
         assert rank_0.count("sample: ") == 4
+
+
+def test_command_line_under_accelerate(printed):
+    assert [rank["qwen3cp"] for rank in printed] == [" 12 + 15 = <<12+15=27>>27\n#### 27\n", ""]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -13,6 +13,7 @@ from transformers import LogitsProcessor as Processor
 from qwen3cp import CPQwen3MoeForCausalLM, PagedCacheAdapter
 from qwen3cp.errors import InputError, KVCacheFullError
 from tests.models import load, random_ids, reference
+from tests.ranks import run
 
 TOPOLOGIES = [(1, 1), (2, 1), (1, 2), (2, 2)]
 QUESTIONS = [
@@ -94,11 +95,7 @@ def ours(cp: int, tp: int, path: Path, name: str) -> torch.Tensor:
 def test_generate_equals_transformers(ranks, checkpoint, name, topology):
     torch.manual_seed(5)
     expected = generate(reference(checkpoint), checkpoint, name)
-    cp, tp = topology
-    if cp * tp == 1:
-        results = [ours(1, 1, checkpoint, name)]
-    else:
-        results = ranks(cp * tp).run(ours, cp, tp, checkpoint, name)
+    results = run(ranks, topology, ours, checkpoint, name)
     for result in results:
         assert result.tolist() == expected.tolist()
 
@@ -225,11 +222,7 @@ def test_hidden_states_come_back_gathered_and_in_order(ranks, checkpoint, topolo
     ids = torch.stack(random_ids(4, 30, 30))
     mask = torch.ones_like(ids)
     mask[0, :11] = 0
-    cp, tp = topology
-    if cp * tp == 1:
-        results = [_hidden_states(1, 1, checkpoint, ids, mask)]
-    else:
-        results = ranks(cp * tp).run(_hidden_states, cp, tp, checkpoint, ids, mask)
+    results = run(ranks, topology, _hidden_states, checkpoint, ids, mask)
     with torch.no_grad():
         expected = reference(checkpoint)(ids, attention_mask=mask, output_hidden_states=True)
     real = mask.bool()
@@ -250,11 +243,7 @@ def test_logits_to_keep(ranks, checkpoint, topology, keep):
     ids = torch.stack(random_ids(6, 9, 9))
     with torch.no_grad():
         expected = reference(checkpoint)(ids, logits_to_keep=keep).logits
-    cp, tp = topology
-    if cp * tp == 1:
-        results = [_kept(1, 1, checkpoint, ids, keep)]
-    else:
-        results = ranks(2).run(_kept, cp, tp, checkpoint, ids, keep)
+    results = run(ranks, topology, _kept, checkpoint, ids, keep)
     for result in results:
         torch.testing.assert_close(result, expected, rtol=0, atol=2e-4)
 

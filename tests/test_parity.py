@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,10 +18,9 @@ from tests.models import (
     random_ids,
     reference_logits,
 )
-from tests.ranks import Ranks
+from tests.ranks import run
 
 LENGTHS = (1, 2, 3, 7, 127, 128, 129, 1000)
-GetRanks = Callable[[int], Ranks]
 
 
 def assert_same_on_all_ranks(results: list[list[torch.Tensor]]) -> None:
@@ -33,14 +31,6 @@ def assert_same_on_all_ranks(results: list[list[torch.Tensor]]) -> None:
 
 def assert_close(ours: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(ours, expected, rtol=0, atol=TOLERANCE)
-
-
-def run(ranks: GetRanks, topology: tuple[int, int], function: Callable, *args) -> list:
-    """function(cp, tp, *args) on every rank of a topology; the results by rank."""
-    cp, tp = topology
-    if cp * tp == 1:
-        return [function(cp, tp, *args)]
-    return ranks(cp * tp).run(function, cp, tp, *args)
 
 
 def all_logits(cp: int, tp: int, path: Path, prompts: list[torch.Tensor]) -> list[torch.Tensor]:

@@ -452,6 +452,20 @@ def test_a_million_tokens_on_16_ranks():
     assert int(first.inverse.max()) < 16 * 62501
 
 
+def test_to_moves_what_layers_read_and_nothing_else():
+    plan = batch_of([13, 9], [0, 5], cp=2).plan()
+    assert plan.to("cpu") is plan
+    moved = plan.to("meta")
+    tables = [call.block_table for call in moved.calls]
+    assert {t.device.type for t in (moved.positions, moved.slots, *tables)} == {"meta"}
+    for host in ("local_indices", "inverse", "last_tokens"):
+        assert torch.equal(getattr(moved, host), getattr(plan, host))
+    assert [(c.start, c.stop, c.query_ends, c.kv_lengths) for c in moved.calls] == [
+        (c.start, c.stop, c.query_ends, c.kv_lengths) for c in plan.calls
+    ]
+    assert moved.digest == plan.digest
+
+
 # Chunks and prefixes
 
 

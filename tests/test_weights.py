@@ -15,7 +15,7 @@ from qwen3cp import CPQwen3MoeForCausalLM
 from qwen3cp.errors import CheckpointError, InputError, Qwen3CPError, UnsupportedConfigError
 from qwen3cp.weights import CheckpointIndex
 from tests.models import load, save_random
-from tests.ranks import context
+from tests.ranks import context, run
 
 INDEX = "model.safetensors.index.json"
 
@@ -102,11 +102,7 @@ def test_parameters_are_slices_of_transformers(ranks, source, tmp_path, topology
         reference.save_pretrained(path, save_original_format=False)
         names = CheckpointIndex.read(path).file_of
         assert "model.layers.0.mlp.experts.gate_up_proj" in names
-    cp, tp = topology
-    if cp * tp == 1:
-        compare_parameters(1, 1, path, whole)
-    else:
-        ranks(cp * tp).run(compare_parameters, cp, tp, path, whole)
+    run(ranks, topology, compare_parameters, path, whole)
 
 
 def elements_read(cp: int, tp: int, path: Path) -> tuple[int, int]:

@@ -1,0 +1,336 @@
+"""The documentation: commands and code run, numbers are recomputed, names and links exist."""
+
+import re
+import runpy
+import shlex
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import Qwen3MoeConfig
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeRotaryEmbedding
+
+from qwen3cp import (
+    CPQwen3MoeDecoderLayer,
+    ForwardPhase,
+    ForwardPlan,
+    PagedKVCache,
+    ParallelContext,
+    cli,
+)
+from qwen3cp.config import OPERATORS
+from qwen3cp.ops import SCHEMAS
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+LINKED = [*PAGES, *sorted((ROOT / "tests" / "assets").rglob("README.md"))]
+CHECKPOINT = "tests/assets/tiny-qwen3-moe"
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
+
+
+def commands() -> list[str]:
+    """Every line of the bash blocks, and the README's two make targets."""
+    lines = [line for page in PAGES for block in blocks(page, "bash") for line in block.split("\n")]
+    targets = re.findall(r"^    (make \w+)", (ROOT / "README.md").read_text(), re.MULTILINE)
+    return [*targets, *filter(None, lines)]
+
+
+@pytest.fixture(autouse=True)
+def from_the_root(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("TORCHELASTIC_SIGNALS_TO_HANDLE", "SIGINT")  # set by the launcher: restore
+
+
+# ------------------------------------------------------------------------------ commands and code
+
+
+def test_readme_shows_the_two_targets():
+    assert {"make demo", "make test"} <= set(commands())
+
+
+@pytest.mark.parametrize("command", commands())
+def test_command(command, monkeypatch, capfd):
+    """Runs it; or, where that takes a device or another environment, says what stands in for it."""
+    words = shlex.split(command)
+    if words[0] == "make":
+        assert command in (ROOT / ".ci" / "run").read_text().splitlines()
+        assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    elif words[:3] == ["pip", "install", "-e"]:  # `make setup` installs in the same way
+        project, extras = re.fullmatch(r"(\.)(?:\[(.*)\])?", words[3]).groups()  # type: ignore
+        declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+        assert project == "." and len(words) == 4
+        assert not extras or set(extras.split(",")) <= set(declared["optional-dependencies"])
+    elif words[:2] == ["qwen3cp", "generate"]:
+        monkeypatch.setattr(sys, "argv", words)
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        stdout, stderr = capfd.readouterr()
+        assert (ended.value.code or 0) == 0, stderr
+        assert stdout == " 12 + 15 = <<12+15=27>>27\n#### 27\n"
+    elif words[0] == "torchrun":  # made for 8 NPUs: here 2 CPU ranks, and the bundled checkpoint
+        assert words[1:6] == ["--nproc-per-node", "8", "-m", "qwen3cp.cli", "generate"]
+        assert words[7:11] == ["--cp", "2", "--tp", "4"]
+        words[2], words[6], words[10] = "2", CHECKPOINT, "1"
+        words.remove("--chat")  # which the bundled checkpoint has no template for
+        torchrun = str(Path(sys.executable).parent / "torchrun")
+        done = subprocess.run(
+            [torchrun, *words[1:], "--max-new-tokens", "4"],
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == 0, done.stderr
+        assert "cp=2 tp=1" in done.stderr
+        assert done.stdout.endswith("\n")
+    else:
+        pytest.fail(f"this test does not know how to run {command!r}")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_python_blocks(page, capsys):
+    """All blocks of a page, one after another, as a reader would run them."""
+    names: dict[str, object] = {}
+    for block in blocks(page, "python"):
+        exec(compile(block, page.name, "exec"), names)
+    if page.name == "README.md":
+        printed = capsys.readouterr().out
+        assert printed.count("#### 27\n") == 2  # by generate() and by the loop
+        cache = names["cache"]
+        assert isinstance(cache, PagedKVCache) and cache.num_free_pages == cache.num_pages - 1
+    if page.name == "context-parallel.md":
+        assert capsys.readouterr().out == "{} 0\n"
+
+
+def test_options_of_the_first_run_exist(monkeypatch, capsys):
+    """docs/npu.md abbreviates its commands."""
+    text = (ROOT / "docs" / "npu.md").read_text()
+    options = set(re.findall(r" (--[a-z-]+)", " ".join(re.findall(r"`([^`]*)`", text))))
+    monkeypatch.setattr(sys, "argv", ["qwen3cp", "generate", "--help"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert "--temperature" in options
+    shown = capsys.readouterr().out
+    assert all(f"{option} " in shown for option in options)
+
+
+# ------------------------------------------------------------------------------- files and names
+
+
+def test_file_tree_of_the_readme():
+    text = (ROOT / "README.md").read_text()
+    shown, folders = {}, {}
+    for line in text.split("## Files\n")[1].strip("\n").splitlines():
+        indent, name, comment = re.fullmatch(r"    ( *)(\S+(?: -> \S+)?)(?: +(.*))?", line).groups()  # type: ignore
+        depth = len(indent) // 2
+        path = "".join(folders[d] for d in range(depth)) + name
+        if name.endswith("/"):
+            folders[depth] = name
+        assert comment or "->" in name, f"{path} has no comment"
+        shown[path] = comment
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout.splitlines()
+    real = set()
+    for file in listed:
+        path = Path(file)
+        if path.parts[0] == "tests":
+            real.add("tests/")
+        elif path.parts[0].startswith(".") or not (path.exists() or path.is_symlink()):
+            continue
+        elif path.is_symlink():
+            real.add(f"{file} -> {path.readlink()}")
+        else:
+            real.add(file)
+            real |= {f"{parent}/" for parent in path.parents if str(parent) != "."}
+    assert sorted(shown) == sorted(real)
+
+
+def test_structure_has_a_line_for_each_module():
+    named = re.findall(r"^- `(.*?)`: \S.*\.$", (ROOT / "docs/structure.md").read_text(), re.M)
+    real = [
+        str(path.relative_to(ROOT if folder != "qwen3cp" else ROOT / "qwen3cp"))
+        for folder in ("qwen3cp", "weights", "eval")
+        for path in (ROOT / folder).rglob("*.py")
+        if "weights" not in path.relative_to(ROOT / folder).parts[:-1]
+        and "eval" not in path.relative_to(ROOT / folder).parts[:-1]
+    ]
+    assert sorted(named) == sorted(real)
+
+
+@pytest.mark.parametrize("page", LINKED, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_exist(page):
+    text = page.read_text()
+    anchors = {
+        re.sub(r"[^\w -]", "", title).strip().lower().replace(" ", "-")
+        for title in re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    }
+    for target in re.findall(r"\]\((.*?)\)", text):
+        if target.startswith("#"):
+            assert target[1:] in anchors
+        else:
+            assert "://" not in target
+            assert (page.parent / target).exists(), target
+
+
+def test_environment_variables_are_documented():
+    sources = [*(ROOT / "qwen3cp").rglob("*.py"), *(ROOT / "weights").rglob("*.py")]
+    read = set(re.findall(r"QWEN3CP_[A-Z0-9_]+", "".join(s.read_text() for s in sources)))
+    table = re.findall(r"^\| `(QWEN3CP_\w+)`", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert set(table) == read
+
+
+def test_tested_versions_are_those_of_the_constraints():
+    pinned = dict(re.findall(r"^([\w-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.M))
+    readme = (ROOT / "README.md").read_text()
+    for package in ("torch", "transformers", "safetensors", "accelerate"):
+        assert f"{package} {pinned[package]}" in readme
+
+
+# ------------------------------------------------------------------------------- numbers and calls
+
+
+def plan(new: list[int], cached: list[int], rank: int, num_pages: int = 50) -> ForwardPlan:
+    pages = [-(-(n + c) // 128) for n, c in zip(new, cached, strict=True)]
+    tables = [list(range(1 + sum(pages[:i]), 1 + sum(pages[: i + 1]))) for i in range(len(new))]
+    return ForwardPlan.build(
+        new,
+        cached_lengths=cached,
+        block_tables=tables,
+        num_pages=num_pages,
+        phase=ForwardPhase.PREFILL,
+        cp_rank=rank,
+        cp_size=2,
+    )
+
+
+def runs(tokens: torch.Tensor) -> str:
+    """[0, 1, 2, 5] -> "0-2, 5"."""
+    found: list[list[int]] = []
+    for token in tokens.tolist():
+        if found and found[-1][1] == token - 1:
+            found[-1][1] = token
+        else:
+            found.append([token, token])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in found)
+
+
+def test_worked_examples():
+    text = (ROOT / "docs" / "context-parallel.md").read_text()
+    examples = [([13], [0], "**13 tokens on 2 ranks.**"), ([13, 9], [0, 5], "**13 and 9 tokens")]
+    for new, cached, title in examples:
+        table = text.split(title)[1]
+        for rank in range(2):
+            (call,) = (p := plan(new, cached, rank)).calls
+            lengths = torch.tensor(call.query_ends).diff(prepend=torch.tensor([0])).tolist()
+            cells = [str(rank), runs(p.local_indices), ", ".join(map(str, lengths))]
+            row = " | ".join([*cells, ", ".join(map(str, call.kv_lengths))])
+            assert f"| {row} |\n" in table
+    plans = [plan([13, 9], [0, 5], rank) for rank in range(2)]
+    assert [p.num_rows for p in plans] == [11, 11]
+    assert " | ".join(runs(p.local_indices) for p in plans) in text
+    assert "for rank 0 above 4, 8, 11" in text and plans[0].calls[0].query_ends == [4, 8, 11]
+    assert "plain lengths, 4, 12, 13" in text and plans[0].calls[0].kv_lengths == [4, 12, 13]
+    alone = plan([13], [0], 1)
+    assert (alone.num_rows, alone.padded_rows) == (6, 7)
+    assert [plan([1], [0], rank).num_rows for rank in range(2)] == [1, 0]
+
+
+def test_page_sum_example():
+    """A cache that just holds 1,000 tokens: 9 pages with page 0."""
+    by_rank = [plan([1000], [0], rank, num_pages=9) for rank in range(2)]
+    counted = [[-(-n // 128) for c in p.calls for n in c.kv_lengths] for p in by_rank]
+    assert counted == [[2, 8], [6]]
+    assert [p.num_attention_calls for p in by_rank] == [2, 1]
+
+
+def test_bytes_of_the_gather():
+    text = (ROOT / "docs" / "context-parallel.md").read_text()
+    rows = re.findall(r"^\| (\d+) \| (\d+) \| (\d+) \|$", text, re.MULTILINE)
+    assert len(rows) == 4
+    for cp, tp, mebibytes in (map(int, row) for row in rows):
+        width = 4 // tp * 128
+        assert (cp - 1) * (131072 // cp) * 2 * width * 2 == mebibytes << 20
+    assert 131072 * (4 * 128) * 2 * 2 == 256 << 20  # K and V of all ranks, copied
+
+
+def test_what_the_check_exchanges():
+    assert len(plan([13], [0], 0).digest) + 1 == 17  # and the status
+
+
+def test_calls_of_a_layer_are_those_of_the_model():
+    text = (ROOT / "docs" / "npu.md").read_text()
+    section = text.split("## The calls of one layer")[1].split("\n## ")[0]
+    numbered = re.findall(r"^\d+\. (.*)$", section, re.MULTILINE)
+    named = [name for line in numbered for name in re.findall(r"`(npu_\w+)`", line)]
+    assert set(named) == set(OPERATORS)
+    assert set(OPERATORS) <= set(SCHEMAS)
+
+
+def test_calls_of_a_layer_come_in_that_order(monkeypatch):
+    """A layer is run with every operator recorded."""
+    called = []
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.namespace == "npu":
+                called.append(func.name().removeprefix("npu::"))
+            return func(*args, **(kwargs or {}))
+
+    config = Qwen3MoeConfig.from_pretrained(CHECKPOINT)
+    ctx = ParallelContext.single()
+    layer = CPQwen3MoeDecoderLayer(config, 0, parallel_context=ctx)
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    cache = PagedKVCache(num_layers=1, num_pages=2, kv_width=256, dtype=torch.float32)
+    p = cache.plan([cache.new_sequence()], [5], ForwardPhase.PREFILL, ctx)
+    cos, sin = Qwen3MoeRotaryEmbedding(config)(torch.zeros(1), p.positions[None])
+    rows = torch.randn(5, config.hidden_size)
+    with ctx.forward(ForwardPhase.PREFILL), Record():
+        layer(
+            rows,
+            rows,
+            plan=p,
+            kv=cache.layer(0),
+            position_embeddings=(cos.unsqueeze(2), sin.unsqueeze(2)),
+        )
+    assert called == [
+        "npu_add_rms_norm",
+        *("npu_rms_norm", "npu_rotary_mul"),  # keys
+        *("npu_rms_norm", "npu_rotary_mul"),  # queries
+        "npu_scatter_nd_update_",
+        "npu_fused_infer_attention_score",
+        "npu_add_rms_norm",
+        "npu_moe_gating_top_k_softmax",
+        "npu_moe_init_routing_v2",
+        *("npu_grouped_matmul", "npu_swiglu", "npu_grouped_matmul"),
+        "npu_moe_token_unpermute",
+    ]
+
+
+def test_the_figure_is_what_its_script_draws(tmp_path, monkeypatch):
+    script = ROOT / "docs" / "figures" / "zigzag.py"
+    drawn = tmp_path / "zigzag.svg"
+    monkeypatch.setattr(sys, "argv", [str(script), str(drawn)])
+    runpy.run_path(str(script), run_name="__main__")
+    assert drawn.read_text() == script.with_suffix(".svg").read_text()
+
+
+# ------------------------------------------------------------------------------------- language
+
+
+@pytest.mark.parametrize("page", LINKED, ids=lambda page: str(page.relative_to(ROOT)))
+def test_pages_are_plain(page):
+    text = page.read_text()
+    assert "—" not in text and "TODO" not in text
+    assert not re.search(r"\b(blazing|seamless|powerful|cutting-edge|leverage)\b", text, re.I)
