@@ -452,18 +452,21 @@ def test_interrupt_ends_all_ranks(launcher, tmp_path, capfd):
     script = tmp_path / "script.py"
     script.write_text(
         "import os, sys, time\n"
-        "open(f'{sys.argv[1]}.{os.environ['RANK']}', 'w').write(str(os.getpid()))\n"
-        "try: time.sleep(60)\n"
-        "except KeyboardInterrupt: sys.exit(130)\n"
+        "try:\n"
+        "    with open(sys.argv[1] + os.environ['RANK'], 'w') as file:\n"
+        "        file.write(str(os.getpid()))\n"
+        "    time.sleep(60)\n"
+        "except KeyboardInterrupt:\n"
+        "    sys.exit(130)\n"
     )
-    files = [tmp_path / f"pid.{rank}" for rank in range(2)]
+    files = [tmp_path / f"pid{rank}" for rank in range(2)]
 
     def interrupt() -> None:
         while not all(file.exists() and file.read_text() for file in files):
             time.sleep(0.05)
         os.kill(os.getpid(), signal.SIGINT)
 
-    thread = threading.Thread(target=interrupt)
+    thread = threading.Thread(target=interrupt, daemon=True)
     thread.start()
     assert start_ranks(2, [str(script), str(tmp_path / "pid")]) == 128 + signal.SIGINT
     thread.join()

@@ -66,7 +66,7 @@ def printed(tmp_path_factory) -> list[dict[str, str]]:
     command = ["qwen3cp", "generate", str(CHECKPOINT), "--cp", "2", "--prompt-file"]
     subprocess.run(
         [
-            *(str(Path(sys.executable).parent / "accelerate"), "launch", "--cpu"),
+            *(str(Path(sys.executable).parent / "accelerate"), "launch", "--multi_gpu"),
             *("--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"),
             *("--dynamo_backend", "no", str(folder / "driver.py"), str(folder / "output")),
             *scripts,

@@ -27,7 +27,9 @@ theirs = Qwen3MoeForCausalLM.from_pretrained(
     MODEL, dtype=torch.float32, experts_implementation="eager"
 ).model
 config = theirs.config
-ctx = ParallelContext.from_world(cp_size=int(os.environ.get("WORLD_SIZE", "1")))
+ctx = ParallelContext.from_world(
+    cp_size=int(os.environ.get("WORLD_SIZE", "1")), backend="gloo"
+)  # tensors on the CPU
 
 layer = CPQwen3MoeDecoderLayer(config, 0, parallel_context=ctx)
 layer.load_state_dict(theirs.layers[0].state_dict())
