@@ -5,8 +5,7 @@ import logging
 from qwen3cp import collectives, errors, ops
 from qwen3cp.attention import CPQwen3MoeAttention
 from qwen3cp.decoder import CPQwen3MoeDecoderLayer
-from qwen3cp.hf_cache import PagedCacheAdapter
-from qwen3cp.kv_cache import PagedKVCache, Sequence
+from qwen3cp.kv_cache import PagedCacheAdapter, PagedKVCache, Sequence
 from qwen3cp.model import CPQwen3MoeForCausalLM, CPQwen3MoeModel, register_auto
 from qwen3cp.moe import CPQwen3MoeMLP, CPQwen3MoeSparseMoeBlock
 from qwen3cp.parallel import CommConfig, ForwardPhase, ParallelContext

@@ -32,11 +32,11 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import (
 )
 
 from qwen3cp import collectives
+from qwen3cp.batch import PaddedBatch, device_ids, host_ids
 from qwen3cp.config import check_supported, head_dim_of, local_config, max_length_of
 from qwen3cp.decoder import CPQwen3MoeDecoderLayer, add_norm
 from qwen3cp.errors import InputError, UnsupportedConfigError
-from qwen3cp.hf_cache import PaddedBatch, PagedCacheAdapter, device_ids, host_ids
-from qwen3cp.kv_cache import DEFAULT_PAGE_SIZE, PagedKVCache, Sequence
+from qwen3cp.kv_cache import DEFAULT_PAGE_SIZE, PagedCacheAdapter, PagedKVCache, Sequence
 from qwen3cp.parallel import ForwardPhase, ParallelContext, default_device
 from qwen3cp.plan import ForwardPlan
 

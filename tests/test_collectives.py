@@ -101,7 +101,7 @@ def gather_kv(cp: int, tp: int, rows: int, width: int, phase: ForwardPhase) -> A
     ctx = context(cp, tp)
     packed = torch.from_numpy(packed_rows(ctx.rank, rows, width))
     with collectives.record_communication() as log, ctx.forward(phase):
-        gathered = collectives.kv_gather(packed, ctx).wait()
+        gathered = collectives.kv_gather(packed, ctx, split=phase is PREFILL).wait()
     return gathered.numpy().copy(), log.records
 
 
@@ -184,12 +184,12 @@ def log_everything(cp: int, tp: int) -> Any:
     rows = torch.zeros(6, 10, dtype=torch.bfloat16)
     with collectives.record_communication() as outer:
         with ctx.forward(PREFILL):
-            collectives.kv_gather(torch.zeros(2, 3, 5), ctx).wait()
+            collectives.kv_gather(torch.zeros(2, 3, 5), ctx, split=True).wait()
             collectives.all_reduce(rows, ctx)
             with collectives.record_communication() as inner:
                 collectives.all_reduce(rows, ctx, in_place=True)
         with ctx.forward(DECODE):
-            collectives.kv_gather(torch.zeros(2, 3, 5), ctx).wait()
+            collectives.kv_gather(torch.zeros(2, 3, 5), ctx, split=False).wait()
             collectives.gather_vocabulary(rows, ctx, 31)
             collectives.gather_rows(rows, ctx)
         collectives.gather_rows(rows, ctx, kind="logits")
@@ -236,7 +236,7 @@ def test_one_rank_has_no_collectives():
         assert collectives.broadcast(rows, ctx) is rows
         assert torch.equal(collectives.gather_vocabulary(rows, ctx, 2), rows[:, :2])
         with ctx.forward(PREFILL):
-            gathered = collectives.kv_gather(packed, ctx).wait()
+            gathered = collectives.kv_gather(packed, ctx, split=True).wait()
         assert torch.equal(gathered, packed.view(4, 3))
         collectives.agree(ctx, None)
     assert log.records == []
@@ -366,7 +366,7 @@ def outlive_the_other_rank() -> dict[str, Exception | None]:
         time.sleep(0.5)
         os._exit(3)
     attempts: dict[str, Callable[[], Any]] = {
-        "kv_gather": lambda: collectives.kv_gather(x[None], cp).wait(),
+        "kv_gather": lambda: collectives.kv_gather(x[None], cp, split=True).wait(),
         "all_reduce": lambda: collectives.all_reduce(x, tp),
         "hidden_states": lambda: collectives.gather_rows(x, cp),
         "logits": lambda: collectives.gather_vocabulary(x, tp, 8),

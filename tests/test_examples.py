@@ -68,7 +68,8 @@ def printed(tmp_path_factory) -> list[dict[str, str]]:
         [
             *(str(Path(sys.executable).parent / "accelerate"), "launch", "--multi_gpu"),
             *("--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"),
-            *("--dynamo_backend", "no", str(folder / "driver.py"), str(folder / "output")),
+            *("--dynamo_backend", "no", "--main_process_port", "0"),
+            *(str(folder / "driver.py"), str(folder / "output")),
             *scripts,
             "\t".join([*command, str(EXAMPLES / "prompt.txt")]),
         ],

@@ -1,135 +1,16 @@
-"""The paged cache as transformers' `Cache`, and transformers' padded batches as flat tokens."""
+"""transformers' padded batches, and lists of ids, as checked flat tokens."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import torch
-from transformers import Cache
 
-from qwen3cp.errors import InputError, KVCacheFullError
-from qwen3cp.kv_cache import PagedKVCache, Sequence
+from qwen3cp.errors import InputError
+from qwen3cp.kv_cache import PagedCacheAdapter
 from qwen3cp.parallel import ForwardPhase
 
-__all__ = ["PaddedBatch", "PagedCacheAdapter", "device_ids", "host_ids"]
-
-
-class PagedCacheAdapter(Cache):
-    """A batch of sequences of a `PagedKVCache`, one a row, as `past_key_values`.
-
-    Made by `model.generate`, by `model(...)`, or by hand to generate on pages of a cache of one's
-    own. `get_seq_length()` counts columns, left padding included, as transformers slices by it;
-    the sequences hold no padding. The layers write to the pages themselves: `update` is not used.
-
-    Args:
-        grow: make the pool larger when it is full, instead of `KVCacheFullError`.
-    """
-
-    def __init__(self, cache: PagedKVCache, *, grow: bool = False) -> None:
-        super().__init__(layers=[])
-        self.paged = cache
-        self.sequences: list[Sequence] = []
-        self.columns = 0
-        self.grow = grow
-        self.allow_empty_rows = False
-        """Whether a row may have no token yet, as in the first chunks of a padded batch."""
-        self.closed_rows: set[int] = set()
-        """Rows that ended with padding, after which nothing can follow."""
-
-    def __len__(self) -> int:
-        return self.paged.num_layers
-
-    def __repr__(self) -> str:
-        return f"PagedCacheAdapter(columns={self.columns}, sequences={self.sequences})"
-
-    def rows(self, batch_size: int) -> list[Sequence]:
-        """The sequences of a batch; new ones, which `advance` keeps, before its first forward."""
-        if not self.sequences:
-            return [self.paged.new_sequence() for _ in range(batch_size)]
-        if len(self.sequences) != batch_size:
-            raise InputError(
-                f"past_key_values holds {len(self.sequences)} rows, the batch has {batch_size}"
-            )
-        return self.sequences
-
-    def ensure_room(self, sequences: list[Sequence], new_lengths: list[int]) -> None:
-        """Grows the pool, at least twofold, if it may and must."""
-        missing = self.paged.pages_needed(sequences, new_lengths) - self.paged.num_free_pages
-        if self.grow and missing > 0:
-            num_pages = self.paged.num_pages
-            self.paged.grow(num_pages + max(num_pages, missing))
-
-    def advance(self, sequences: list[Sequence], columns: int, closed: set[int]) -> None:
-        """Counts the columns of a forward that has succeeded."""
-        self.sequences = sequences
-        self.columns += columns
-        self.closed_rows = closed
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return self.columns
-
-    def get_max_length(self, layer_idx: int | None = None) -> int:
-        return -1
-
-    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
-        return self.columns + query_length, 0
-
-    def update(self, *args: object, **kwargs: object) -> tuple[torch.Tensor, torch.Tensor]:
-        raise InputError("only qwen3cp's layers can write to a paged cache")
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Drops the last -tokens_to_remove columns and frees their pages."""
-        if tokens_to_remove > 0:
-            raise InputError(
-                f"crop({tokens_to_remove}): pass the negative number of columns to remove"
-            )
-        if tokens_to_remove == 0:
-            return
-        if self.closed_rows:
-            raise InputError("a batch with padding on the right cannot be cropped")
-        for sequence in self.sequences:
-            self.paged.truncate(sequence, max(0, sequence.length + tokens_to_remove))
-        self.columns = max(0, self.columns + tokens_to_remove)
-
-    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        self.batch_select_indices(beam_idx)
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Makes row i the old row indices[i]: repeated rows are forked, dropped rows freed.
-
-        Raises:
-            KVCacheFullError: too few pages for the forks, and the pool may not grow. No row was
-                changed.
-        """
-        chosen = torch.as_tensor(indices).tolist()
-        for row in chosen:
-            if not 0 <= row < len(self.sequences):
-                raise InputError(f"there is no row {row} of {len(self.sequences)} to select")
-        first_use = {row: place for place, row in reversed(list(enumerate(chosen)))}
-        dropped = [s for row, s in enumerate(self.sequences) if row not in first_use]
-        repeated = [self.sequences[r] for place, r in enumerate(chosen) if first_use[r] != place]
-        copies = sum(s.length % self.paged.page_size != 0 for s in repeated)
-        missing = copies - self.paged.num_free_pages - self.paged.pages_freed(dropped)
-        if missing > 0:
-            if not self.grow:
-                raise KVCacheFullError(f"{missing} more pages are needed to repeat rows of a batch")
-            self.paged.grow(self.paged.num_pages + max(self.paged.num_pages, missing))
-        for sequence in dropped:
-            self.paged.free(sequence)
-        self.closed_rows = {place for place, row in enumerate(chosen) if row in self.closed_rows}
-        self.sequences = [
-            self.sequences[row] if first_use[row] == place else self.paged.fork(self.sequences[row])
-            for place, row in enumerate(chosen)
-        ]
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        rows = torch.arange(len(self.sequences))
-        self.batch_select_indices(rows.repeat_interleave(repeats))
-
-    def reset(self) -> None:
-        for sequence in self.sequences:
-            self.paged.free(sequence)
-        self.sequences, self.columns, self.closed_rows = [], 0, set()
+__all__ = ["PaddedBatch", "device_ids", "host_ids"]
 
 
 @dataclass(frozen=True, kw_only=True)

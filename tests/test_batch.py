@@ -13,9 +13,9 @@ from transformers import Cache
 from transformers.modeling_utils import slice_logits_to_keep
 
 from qwen3cp import ForwardPhase, PagedKVCache
+from qwen3cp.batch import PaddedBatch, device_ids, host_ids
 from qwen3cp.errors import InputError, KVCacheFullError
-from qwen3cp.hf_cache import PaddedBatch, PagedCacheAdapter, device_ids, host_ids
-from qwen3cp.kv_cache import Sequence
+from qwen3cp.kv_cache import PagedCacheAdapter, Sequence
 
 PREFILL, DECODE = ForwardPhase.PREFILL, ForwardPhase.DECODE
 VOCABULARY = 1000
