@@ -272,8 +272,7 @@ class CPQwen3MoeModel(Qwen3MoeModel):
             if layer_inputs is not None:
                 every = torch.arange(len(request.ids))
                 last = self.final_hidden(hidden, residual, plan, every)
-                states = [plan.gather(rows, self.parallel_context) for rows in layer_inputs]
-                states.append(last)
+                states = [*(plan.gather(x, self.parallel_context) for x in layer_inputs), last]
         call = request.padded
         assert call is not None
         call.past.advance(call.all_rows, call.batch.token_of_cell.shape[1], call.batch.closed)

@@ -153,8 +153,9 @@ class ParallelContext:
 
         Args:
             backend: of the groups; None is hccl on an NPU, gloo on a CPU.
-            timeout: of a collective, in seconds; None is the backend's default. It applies to the
-                groups that this call makes (a world that is already initialised keeps its own).
+            timeout: of a collective, in seconds; None is that of the world if it is initialised
+                already, else the backend's default. It applies to the groups that this call
+                makes; a world that is initialised keeps its own.
 
         Raises:
             ParallelConfigError: the sizes do not multiply to the world size. Raised before any
@@ -184,6 +185,8 @@ class ParallelContext:
                 timeout=_as_timedelta(timeout),
             )
 
+        if timeout is None:
+            timeout = _world_timeout(device)
         grid = np.arange(wanted).reshape(dp_size, cp_size, tp_size)
         dp_rank, cp_rank, tp_rank = (int(i) for i in np.argwhere(grid == dist.get_rank())[0])
 
@@ -355,6 +358,15 @@ def _new_groups(groups: np.ndarray, **kwargs: Any) -> dist.ProcessGroup | None:
             assert isinstance(group, dist.ProcessGroup)
             mine = group
     return mine
+
+
+def _world_timeout(device: torch.device) -> timedelta | None:
+    """The timeout of the world's collectives, which new groups do not take over by themselves."""
+    world = dist.group.WORLD
+    assert world is not None
+    kinds = [kind.type for kind in world._device_types]
+    backend = world._get_backend(torch.device(device.type if device.type in kinds else kinds[0]))
+    return getattr(getattr(backend, "options", None), "_timeout", None)
 
 
 def _runs_on_host(group: dist.ProcessGroup) -> bool:

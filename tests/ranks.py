@@ -91,19 +91,16 @@ def context(cp: int, tp: int, **kwargs: Any) -> Any:
 
     key = (cp, tp, tuple(sorted(kwargs.items())))
     if key not in _contexts:
-        _contexts[key] = ParallelContext.from_world(cp, tp, timeout=_timeout, **kwargs)
+        _contexts[key] = ParallelContext.from_world(cp, tp, **kwargs)
     return _contexts[key]
 
 
 _contexts: dict[Any, Any] = {}
-_timeout = TIMEOUT  # of this process's groups
 
 
 def _serve(pipe: Connection, rank: int, size: int, init_method: str, timeout: float) -> None:
     os.environ["QWEN3CP_DEBUG_OPS"] = "1"
     os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
-    global _timeout
-    _timeout = timeout
     import torch
     import torch.distributed as dist
 
