@@ -43,8 +43,10 @@ _KERNELS = {
 _library = torch.library.Library("npu", "FRAGMENT")
 for _name, _schema in SCHEMAS.items():
     if not HAS_TORCH_NPU:
-        # Without the tag, compilation refuses an operator that returns the tensor it changes.
-        _library.define(_schema, tags=(torch.Tag.inplace,) if "(a!)" in _schema else ())
+        # torch_npu's tags. Without that of in-place operators, compilation refuses an operator that
+        # returns the tensor it changes.
+        _in_place = (torch.Tag.inplace,) if "(a!)" in _schema else ()
+        _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag, *_in_place))
         _library.impl(_name, _KERNELS[_name].meta, "Meta")
     # Inference only: what the kernels do inside is not recorded, and backward warns.
     _library.impl(_name, torch.no_grad()(_KERNELS[_name].cpu), "CPU")
