@@ -95,11 +95,14 @@ class PagedKVCache:
             raise InputError(f"num_pages must be at least 2 (page 0 is reserved), got {num_pages}")
         self.page_size = page_size
         self.num_pages = num_pages
-        # [L, K and V, slots, W]. Zeroed, so that nothing that was never written can be a NaN.
-        self._kv = torch.zeros(
-            num_layers, 2, num_pages * page_size, kv_width, dtype=dtype, device=device
-        )
-        self._causal_mask = torch.ones(2048, 2048, dtype=torch.bool, device=device).triu_(1)
+        # Tensors of inference mode could only be written in it; a cache outlives the block that
+        # makes it.
+        with torch.inference_mode(False):
+            # [L, K and V, slots, W]. Zeroed, so that nothing that was never written can be a NaN.
+            self._kv = torch.zeros(
+                num_layers, 2, num_pages * page_size, kv_width, dtype=dtype, device=device
+            )
+            self._causal_mask = torch.ones(2048, 2048, dtype=torch.bool, device=device).triu_(1)
         self._layers = self._layer_views()
         self._free = list(range(num_pages - 1, 0, -1))  # taken from the end: lowest page first
         self._references = [0] * num_pages
@@ -261,8 +264,9 @@ class PagedKVCache:
         if num_pages < self.num_pages:
             raise InputError(f"the cache has {self.num_pages} pages already, got {num_pages}")
         layers, two, _, width = self._kv.shape
-        grown = self._kv.new_zeros(layers, two, num_pages * self.page_size, width)
-        grown[:, :, : self._kv.shape[2]] = self._kv
+        with torch.inference_mode(False):
+            grown = self._kv.new_zeros(layers, two, num_pages * self.page_size, width)
+            grown[:, :, : self._kv.shape[2]] = self._kv
         self._kv = grown
         self._free[:0] = range(num_pages - 1, self.num_pages - 1, -1)
         self._references += [0] * (num_pages - self.num_pages)
@@ -289,6 +293,7 @@ class PagedKVCache:
         if len({id(s) for s in sequences}) != len(sequences):
             raise InputError("a sequence is given twice in one call; fork it instead")
 
+    @torch.inference_mode(False)
     def _layer_views(self) -> list[LayerKV]:
         """Made once: every layer of every forward takes them."""
         pages = self._kv.view(self.num_layers, 2, self.num_pages, self.page_size, self.kv_width)

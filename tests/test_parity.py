@@ -180,6 +180,23 @@ def test_greedy_tokens_of_any_batch_equal_transformers(ranks, checkpoint, length
         assert_greedy(checkpoint, ids, ours)
 
 
+def test_caches_can_be_made_in_inference_mode_and_used_outside(checkpoint):
+    model = load(checkpoint, 1, 1)
+    (text,) = random_ids(4, 7)
+    with torch.inference_mode():
+        cache = model.new_kv_cache(num_pages=3)
+        root = cache.new_sequence()
+        model.prefill(cache, [root], [text[:4]])
+    model.decode(cache, [root], text[4:5])
+    cache.grow(6)
+    with torch.inference_mode():
+        fork = cache.fork(root)
+        cache.grow(7)
+        model.decode(cache, [fork], text[5:6])
+    logits = model.decode(cache, [fork], text[6:])
+    assert_close(logits[0], reference_logits(checkpoint, text)[-1])
+
+
 def greedy(
     cp: int, tp: int, path: Path, prompts: list[torch.Tensor], steps: int
 ) -> list[torch.Tensor]:
