@@ -87,8 +87,7 @@ class ParallelContext:
             _check_size(f"{axis}_size", size)
             if not 0 <= rank < size:
                 raise ParallelConfigError(f"{axis}_rank={rank} is not in 0..{size - 1}")
-        if self.moe != "tp":
-            raise ParallelConfigError(f"moe={self.moe!r}: only 'tp' is available")
+        _check_moe(self.moe)
         _check_group("cp_group", self.cp_group, self.cp_rank, self.cp_size)
         _check_group("tp_group", self.tp_group, self.tp_rank, self.tp_size)
         _check_group("world_group", self.world_group, self.rank, self.world_size)
@@ -163,6 +162,7 @@ class ParallelContext:
         """
         for name, size in (("cp_size", cp_size), ("tp_size", tp_size), ("dp_size", dp_size)):
             _check_size(name, size)
+        _check_moe(moe)
         comm = CommConfig() if comm is None else comm
         wanted = dp_size * cp_size * tp_size
         initialized = dist.is_initialized()
@@ -317,6 +317,11 @@ def div_even(total: int, parts: int, what: str) -> int:
     if total % parts:
         raise ParallelConfigError(f"{what} = {total} cannot be divided evenly by {parts}")
     return total // parts
+
+
+def _check_moe(moe: str) -> None:
+    if moe != "tp":
+        raise ParallelConfigError(f"moe={moe!r}: only 'tp' is available")
 
 
 def _check_size(name: str, size: int) -> None:

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoTokenizer, DynamicCache, StoppingCriteria, TextStreamer
 from transformers import LogitsProcessor as Processor
 
-from qwen3cp import CPQwen3MoeForCausalLM, PagedCacheAdapter
+from qwen3cp import PagedCacheAdapter
 from qwen3cp.errors import InputError, KVCacheFullError
 from tests.models import load, random_ids, reference
 from tests.ranks import run
@@ -339,4 +339,3 @@ print(type(before).__name__, type(after).__name__, after.dtype)
         "CPQwen3MoeForCausalLM",
         "torch.float32",
     ]
-    assert isinstance(CPQwen3MoeForCausalLM, type)

@@ -180,6 +180,97 @@ def test_greedy_tokens_of_any_batch_equal_transformers(ranks, checkpoint, length
         assert_greedy(checkpoint, ids, ours)
 
 
+def run_program(cp: int, tp: int, path: Path, program: list[tuple]) -> list[torch.Tensor]:
+    """Runs calls on one cache; returns the logits of each call that gives some."""
+    model = load(path, cp, tp)
+    cache = model.new_kv_cache(num_pages=16)
+    sequences = {}
+    logits = []
+    for call, *arguments in program:
+        if call == "prefill":
+            names, pieces = arguments
+            for name in names:
+                sequences.setdefault(name, cache.new_sequence())
+            logits.append(model.prefill(cache, [sequences[n] for n in names], pieces))
+        elif call == "decode":
+            names, tokens = arguments
+            logits.append(model.decode(cache, [sequences[n] for n in names], tokens))
+        elif call == "fork":
+            source, name = arguments
+            sequences[name] = cache.fork(sequences[source])
+        elif call == "truncate":
+            name, length = arguments
+            cache.truncate(sequences[name], length)
+        elif call == "free":
+            cache.free(sequences.pop(*arguments))
+    for sequence in sequences.values():
+        cache.free(sequence)
+    assert cache.num_free_pages == cache.num_pages - 1
+    return logits
+
+
+@st.composite
+def programs(draw):
+    """A program for `run_program`, and the text whose last logits each row of its logits is."""
+    texts: dict[int, list[int]] = {}
+    program, expected = [], []
+    count = 0
+
+    def some_tokens(most: int) -> list[int]:
+        length, seed = draw(st.integers(1, most)), draw(st.integers(0, 99))
+        return random_ids(seed, length)[0].tolist()
+
+    for _ in range(draw(st.integers(2, 8))):
+        calls = ["prefill"] + ["prefill", "decode", "decode", "fork", "truncate", "free"] * bool(
+            texts
+        )
+        call = draw(st.sampled_from(calls))
+        if call in ("prefill", "decode"):
+            names = draw(st.lists(st.sampled_from(sorted(texts)), unique=True)) if texts else []
+            if call == "prefill" and (not names or draw(st.booleans())) and len(texts) < 4:
+                names.append(count)
+                count += 1
+            if not names:
+                continue
+            most = 150 if call == "prefill" else 1
+            pieces = [some_tokens(most) for _ in names]
+            if any(
+                len(texts.get(n, [])) + len(p) > 380 for n, p in zip(names, pieces, strict=True)
+            ):
+                continue
+            for name, piece in zip(names, pieces, strict=True):
+                texts[name] = [*texts.get(name, []), *piece]
+            program.append((call, names, pieces if call == "prefill" else sum(pieces, [])))
+            expected.append([list(texts[name]) for name in names])
+        elif call == "fork" and len(texts) < 4:
+            source = draw(st.sampled_from(sorted(texts)))
+            texts[count] = list(texts[source])
+            program.append((call, source, count))
+            count += 1
+        elif call == "truncate":
+            name = draw(st.sampled_from(sorted(texts)))
+            length = draw(st.integers(1, len(texts[name])))
+            texts[name] = texts[name][:length]
+            program.append((call, name, length))
+        elif call == "free":
+            name = draw(st.sampled_from(sorted(texts)))
+            del texts[name]
+            program.append((call, name))
+    return program, expected
+
+
+@given(programs(), st.sampled_from(TOPOLOGIES))
+@settings(max_examples=40)
+def test_any_program_of_calls(ranks, checkpoint, case, topology):
+    """Prefills, decodes, forks, truncations and frees in any order, on shared pages."""
+    program, expected = case
+    results = run(ranks, topology, run_program, checkpoint, program)
+    assert_same_on_all_ranks(results)
+    for logits, texts in zip(results[0], expected, strict=True):
+        for row, text in zip(logits, texts, strict=True):
+            assert_close(row, reference_logits(checkpoint, torch.tensor(text))[-1])
+
+
 def test_caches_can_be_made_in_inference_mode_and_used_outside(checkpoint):
     model = load(checkpoint, 1, 1)
     (text,) = random_ids(4, 7)

@@ -36,8 +36,7 @@ class MyBlock(nn.Module):
     def forward(self, rows, sequences, lengths, phase):
         """Rows of the new tokens of all sequences, the same on every rank: [tokens, hidden]."""
         plan = self.cache.plan(sequences, lengths, phase, self.ctx)
-        cos, sin = self.rotary(rows, plan.positions[None])
-        rotary = cos.unsqueeze(2), sin.unsqueeze(2)
+        rotary = self.rotary(rows, plan.positions[None])
         with self.ctx.forward(phase):
             mine = plan.split(rows)
             out = self.attention(

@@ -44,13 +44,12 @@ torch.manual_seed(0)
 rows = theirs.embed_tokens(torch.randint(config.vocab_size, (NUM_TOKENS,))).detach()
 sequence = cache.new_sequence()
 plan = cache.plan([sequence], [NUM_TOKENS], ForwardPhase.PREFILL, ctx)
-cos, sin = theirs.rotary_emb(rows, plan.positions[None])
 with ctx.forward(ForwardPhase.PREFILL):
     hidden, residual = layer(
         plan.split(rows),
         plan=plan,
         kv=cache.layer(0),
-        position_embeddings=(cos.unsqueeze(2), sin.unsqueeze(2)),
+        position_embeddings=theirs.rotary_emb(rows, plan.positions[None]),
     )
     output = plan.gather(hidden + residual, ctx)
 cache.commit([sequence], [NUM_TOKENS])
