@@ -135,11 +135,11 @@ def all_reduce(x: torch.Tensor, ctx: ParallelContext, *, in_place: bool = False)
     The result is the same, bit for bit, on every rank of the group.
 
     Args:
-        x: contiguous, the same shape on every rank; overwritten with the sum if `in_place`.
+        x: the same shape on every rank; with `in_place` it must be contiguous and is overwritten.
     """
     if ctx.tp_group is None:
         return x
-    total = x if in_place else x.clone()
+    total = x if in_place else x.clone(memory_format=torch.contiguous_format)
     if total.numel() == 0:  # all TP ranks hold the same rows, so all of them stop here
         return total
     num_bytes = 2 * (ctx.tp_size - 1) * _num_bytes(total) // ctx.tp_size

@@ -650,6 +650,17 @@ class CPQwen3MoeForCausalLM(Qwen3MoeForCausalLM):
             logits [batch, kept columns, V] in the model's dtype, zeros at padding; with
             output_hidden_states, those of all columns, whole on every rank.
         """
+        past = past_key_values
+        if (
+            isinstance(past, PagedCacheAdapter)
+            and phase is not ForwardPhase.DECODE
+            and past.is_padding(input_ids, attention_mask)
+        ):
+            assert input_ids is not None
+            past.advance(past.rows(len(input_ids)), input_ids.shape[1], set())
+            shape = (*input_ids.shape, self.vocab_size)
+            logits = torch.zeros(shape, dtype=self.dtype, device=self.device)
+            return MoeCausalLMOutputWithPast(logits=logits, past_key_values=past)
         logits, call, states = self.model.forward_batch(
             self._logits,
             input_ids,

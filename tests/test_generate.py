@@ -180,6 +180,28 @@ def test_generate_goes_on_from_a_returned_cache(checkpoint, padded):
     assert torch.equal(*results)
 
 
+def _chunks_of_padding(cp: int, tp: int, path: Path) -> torch.Tensor:
+    model = load(path, cp, tp)
+    return model.generate(**padded_further(path), max_new_tokens=6, prefill_chunk_size=4)
+
+
+def padded_further(path: Path) -> dict[str, torch.Tensor]:
+    """A batch with ten columns of padding before its longest row."""
+    inputs = inputs_of(path)
+    pad = torch.full((3, 10), 510)
+    return dict(
+        input_ids=torch.cat((pad, inputs["input_ids"]), 1),
+        attention_mask=torch.cat((torch.zeros_like(pad), inputs["attention_mask"]), 1),
+    )
+
+
+@pytest.mark.parametrize("topology", [(1, 1), (2, 1)], ids=str)
+def test_chunks_that_are_padding_in_every_row(ranks, checkpoint, topology):
+    expected = reference(checkpoint).generate(**padded_further(checkpoint), max_new_tokens=6)
+    for result in run(ranks, topology, _chunks_of_padding, checkpoint):
+        assert torch.equal(result, expected)
+
+
 def test_generate_on_pages_of_ones_own(checkpoint):
     model = load(checkpoint, 1, 1)
     cache = model.new_kv_cache(num_pages=8)
