@@ -386,15 +386,6 @@ class PagedCacheAdapter(Cache):
             )
         return self.sequences
 
-    def is_padding(self, input_ids: object, attention_mask: object) -> bool:
-        """Whether new columns are padding in every row: a first chunk of a padded batch."""
-        if not self.allow_empty_rows or not isinstance(input_ids, torch.Tensor):
-            return False
-        if not isinstance(attention_mask, torch.Tensor):
-            return False
-        shape = (input_ids.shape[0], self.columns + input_ids.shape[-1])
-        return tuple(attention_mask.shape) == shape and not attention_mask.any()
-
     def ensure_room(self, sequences: list[Sequence], new_lengths: list[int]) -> None:
         """Grows the pool, at least twofold, if it may and must."""
         missing = self.paged.pages_needed(sequences, new_lengths) - self.paged.num_free_pages

@@ -23,6 +23,7 @@ from transformers import (
     Qwen3MoeConfig,
     StoppingCriteriaList,
 )
+from transformers.generation import GenerationMode
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.models.qwen3_moe.modeling_qwen3_moe import (
     Qwen3MoeForCausalLM,
@@ -650,17 +651,6 @@ class CPQwen3MoeForCausalLM(Qwen3MoeForCausalLM):
             logits [batch, kept columns, V] in the model's dtype, zeros at padding; with
             output_hidden_states, those of all columns, whole on every rank.
         """
-        past = past_key_values
-        if (
-            isinstance(past, PagedCacheAdapter)
-            and phase is not ForwardPhase.DECODE
-            and past.is_padding(input_ids, attention_mask)
-        ):
-            assert input_ids is not None
-            past.advance(past.rows(len(input_ids)), input_ids.shape[1], set())
-            shape = (*input_ids.shape, self.vocab_size)
-            logits = torch.zeros(shape, dtype=self.dtype, device=self.device)
-            return MoeCausalLMOutputWithPast(logits=logits, past_key_values=past)
         logits, call, states = self.model.forward_batch(
             self._logits,
             input_ids,
@@ -719,7 +709,9 @@ class CPQwen3MoeForCausalLM(Qwen3MoeForCausalLM):
                 f"cache_implementation={generation_config.cache_implementation!r} cannot be "
                 "honoured: the cache is paged; leave it out"
             )
-        chunked = generation_config.prefill_chunk_size is not None
+        # assisted generation takes the whole prompt at once
+        assisted = generation_mode == GenerationMode.ASSISTED_GENERATION
+        chunked = generation_config.prefill_chunk_size is not None and not assisted
         mask = model_kwargs.get("attention_mask")
         if mask is not None and not mask.any(1).all():
             empty = (~mask.any(1)).nonzero().flatten().tolist()
@@ -734,6 +726,10 @@ class CPQwen3MoeForCausalLM(Qwen3MoeForCausalLM):
             model_kwargs["past_key_values"] = past
         if isinstance(past, PagedCacheAdapter):
             past.allow_empty_rows = chunked
+            if chunked and mask is not None and past.columns == 0:
+                # Columns that are padding in every row count as cached, which generate() then
+                # leaves out: a chunk of them alone would have nothing to run.
+                past.columns = int(mask.any(0).long().argmax())
 
     def _get_stopping_criteria(self, *args: Any, **kwargs: Any) -> StoppingCriteriaList:
         criteria = cast(Any, super())._get_stopping_criteria(*args, **kwargs)

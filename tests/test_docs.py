@@ -64,7 +64,9 @@ def test_command(command, monkeypatch, capfd):
         assert command in (ROOT / ".ci" / "run").read_text().splitlines()
         assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
     elif words[:3] == ["pip", "install", "-e"]:  # `make setup` installs in the same way
-        project, extras = re.fullmatch(r"(\.)(?:\[(.*)\])?", words[3]).groups()  # type: ignore
+        target = re.fullmatch(r"(\.)(?:\[(.*)\])?", words[3])
+        assert target is not None, command
+        project, extras = target.groups()
         declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
         assert project == "." and len(words) == 4
         assert not extras or set(extras.split(",")) <= set(declared["optional-dependencies"])
@@ -128,7 +130,9 @@ def test_file_tree_of_the_readme():
     text = (ROOT / "README.md").read_text()
     shown, folders = {}, {}
     for line in text.split("## Files\n")[1].strip("\n").splitlines():
-        indent, name, comment = re.fullmatch(r"    ( *)(\S+(?: -> \S+)?)(?: +(.*))?", line).groups()  # type: ignore
+        entry = re.fullmatch(r"    ( *)(\S+(?: -> \S+)?)(?: +(.*))?", line)
+        assert entry is not None, line
+        indent, name, comment = entry.groups()
         depth = len(indent) // 2
         path = "".join(folders[d] for d in range(depth)) + name
         if name.endswith("/"):

@@ -202,6 +202,13 @@ def test_chunks_that_are_padding_in_every_row(ranks, checkpoint, topology):
         assert torch.equal(result, expected)
 
 
+def test_assisted_generation_takes_a_padded_prompt_at_once(checkpoint):
+    inputs = {name: x[:1] for name, x in padded_further(checkpoint).items()}
+    options = dict(max_new_tokens=12, do_sample=False, prompt_lookup_num_tokens=4)
+    ours = load(checkpoint, 1, 1).generate(**inputs, **options, prefill_chunk_size=4)
+    assert torch.equal(ours, reference(checkpoint).generate(**inputs, **options))
+
+
 def test_generate_on_pages_of_ones_own(checkpoint):
     model = load(checkpoint, 1, 1)
     cache = model.new_kv_cache(num_pages=8)
