@@ -4,6 +4,7 @@ import logging
 
 from qwen3cp import collectives, errors, ops
 from qwen3cp.attention import CPQwen3MoeAttention
+from qwen3cp.comm_report import CommunicationReport, error_report
 from qwen3cp.decoder import CPQwen3MoeDecoderLayer
 from qwen3cp.kv_cache import PagedCacheAdapter, PagedKVCache, Sequence
 from qwen3cp.model import CPQwen3MoeForCausalLM, CPQwen3MoeModel, register_auto
@@ -21,6 +22,7 @@ __all__ = [
     "CPQwen3MoeModel",
     "CPQwen3MoeSparseMoeBlock",
     "CommConfig",
+    "CommunicationReport",
     "ForwardPhase",
     "ForwardPlan",
     "PagedCacheAdapter",
@@ -29,6 +31,7 @@ __all__ = [
     "Sequence",
     "__version__",
     "collectives",
+    "error_report",
     "errors",
     "ops",
     "register_auto",

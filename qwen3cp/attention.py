@@ -74,7 +74,9 @@ class CPQwen3MoeAttention(Qwen3MoeAttention):
         projected = self.k_proj(hidden)
         key.copy_(self._norm_and_rotate(projected, self.k_norm, cos, sin).flatten(1))
         _linear_into(value, hidden, self.v_proj)
-        gather = collectives.kv_gather(packed, ctx, split=plan.is_split)
+        gather = collectives.kv_gather(
+            packed, ctx, split=plan.is_split, head_dim=self.head_dim, layer=self.layer_idx
+        )
 
         # in flight: the gather
         query = self._norm_and_rotate(self.q_proj(hidden), self.q_norm, cos, sin)
@@ -83,7 +85,7 @@ class CPQwen3MoeAttention(Qwen3MoeAttention):
         attended = self._attend(query, plan, kv)
         bias = self.o_proj.bias if ctx.tp_rank == 0 else None
         partial = F.linear(attended.flatten(1), self.o_proj.weight, bias)
-        return collectives.all_reduce(partial, ctx, in_place=True)
+        return collectives.all_reduce(partial, ctx, in_place=True, layer=self.layer_idx)
 
     def _norm_and_rotate(
         self, projected: torch.Tensor, norm: torch.nn.Module, cos: torch.Tensor, sin: torch.Tensor

@@ -1,4 +1,4 @@
-"""The command line: `qwen3cp generate`, also as `python -m qwen3cp.cli generate`."""
+"""The command line: `qwen3cp COMMAND`, also as `python -m qwen3cp.cli COMMAND`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import re
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +22,11 @@ import typer
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase, TextStreamer
 from transformers.generation.streamers import BaseStreamer
 
+from qwen3cp.comm_report import error_report
 from qwen3cp.errors import CheckpointError, InputError, ParallelConfigError
 from qwen3cp.launch import exit_code_of, is_rank, report_error, start_ranks
 from qwen3cp.model import CPQwen3MoeForCausalLM
-from qwen3cp.parallel import ParallelContext
+from qwen3cp.parallel import CommConfig, ParallelContext
 from qwen3cp.version import __version__
 
 __all__ = ["app", "main"]
@@ -32,6 +34,13 @@ __all__ = ["app", "main"]
 logger = logging.getLogger("qwen3cp")
 
 DTYPES = ("auto", "bfloat16", "float32")
+INT8_FORMS: dict[str, Any] = {
+    "exact": "exact",
+    "auto": "auto",
+    "one_shot": "int8_one_shot",
+    "two_step": "int8_two_step",
+}
+PLOT_SUFFIXES = (".svg", ".png", ".pdf")
 DEFAULT_NEW_TOKENS = 256
 STDIN = "-"
 
@@ -44,49 +53,54 @@ app = typer.Typer(
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateOptions:
-    """The arguments of `qwen3cp generate`."""
+class RunOptions:
+    """What every command that runs a model is told: the model, its ranks, its prompts."""
 
     model: str
     cp: int
     tp: int
     prompts: list[str]
     prompt_file: str | None
-    max_new_tokens: int
-    temperature: float | None
-    top_p: float | None
-    top_k: int | None
-    seed: int | None
-    chat: bool
-    system: str | None
     dtype: str
     timeout: float | None
-    as_json: bool
+    int8: str
+    int8_kv: bool
+    group_size: int | None
+    min_bytes: int | None
+    skip_layers: str | None
 
     def check(self) -> None:
         """Raises for what is wrong whatever the checkpoint is."""
         for name, value in (("--cp", self.cp), ("--tp", self.tp)):
             if value < 1:
                 raise ParallelConfigError(f"{name} must be positive, got {value}")
-        for name, value in (("--max-new-tokens", self.max_new_tokens), ("--top-k", self.top_k)):
-            if value is not None and value < 1:
-                raise InputError(f"{name} must be positive, got {value}")
-        if self.temperature is not None and not 0 <= self.temperature < float("inf"):
-            raise InputError(f"--temperature must not be negative, got {self.temperature}")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise InputError(f"--top-p must be above 0 and at most 1, got {self.top_p}")
         if self.timeout is not None and not 0 < self.timeout < float("inf"):
             raise InputError(f"--timeout must be positive, got {self.timeout}")
         if self.dtype not in DTYPES:
             raise InputError(f"--dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
-        if self.system is not None and not self.chat:
-            raise InputError("--system is a part of the chat template: pass --chat too")
+        if self.int8 not in INT8_FORMS:
+            raise InputError(f"--int8 must be one of {', '.join(INT8_FORMS)}, got {self.int8!r}")
+        self.comm()
         if self.prompts and self.prompt_file is not None:
             raise InputError("pass either --prompt or --prompt-file, not both")
         if not self.prompts and self.prompt_file is None:
             raise InputError("there is no prompt: pass --prompt TEXT or --prompt-file FILE")
         if self.prompts.count(STDIN) > 1:
             raise InputError("standard input can be read once: pass `--prompt -` once")
+
+    def comm(self) -> CommConfig:
+        layers = (self.skip_layers or "").replace(",", " ").split()
+        if not all(layer.isdecimal() for layer in layers):
+            raise InputError(
+                f"--skip-layers must be layer numbers such as 0,47, got {self.skip_layers!r}"
+            )
+        return CommConfig(
+            all_reduce=INT8_FORMS[self.int8],
+            group_size=self.group_size,
+            min_bytes=self.min_bytes,
+            kv_gather="int8" if self.int8_kv else "exact",
+            skip_layers=[int(layer) for layer in layers],
+        )
 
     @property
     def reads_stdin(self) -> bool:
@@ -104,6 +118,52 @@ class GenerateOptions:
         return prompts
 
 
+@dataclass(frozen=True, kw_only=True)
+class GenerateOptions(RunOptions):
+    """The arguments of `qwen3cp generate`."""
+
+    max_new_tokens: int
+    temperature: float | None
+    top_p: float | None
+    top_k: int | None
+    seed: int | None
+    chat: bool
+    system: str | None
+    as_json: bool
+
+    def check(self) -> None:
+        super().check()
+        for name, value in (("--max-new-tokens", self.max_new_tokens), ("--top-k", self.top_k)):
+            if value is not None and value < 1:
+                raise InputError(f"{name} must be positive, got {value}")
+        if self.temperature is not None and not 0 <= self.temperature < float("inf"):
+            raise InputError(f"--temperature must not be negative, got {self.temperature}")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise InputError(f"--top-p must be above 0 and at most 1, got {self.top_p}")
+        if self.system is not None and not self.chat:
+            raise InputError("--system is a part of the chat template: pass --chat too")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportOptions(RunOptions):
+    """The arguments of `qwen3cp report-comm`."""
+
+    plot: str | None
+    as_json: bool
+
+    def check(self) -> None:
+        super().check()
+        if self.comm().all_reduce == self.comm().kv_gather == "exact":
+            raise InputError("there is nothing to report: pass --int8 or --int8-kv")
+        if self.plot is not None:
+            if Path(self.plot).suffix not in PLOT_SUFFIXES:
+                raise InputError(
+                    f"--plot must end in {', '.join(PLOT_SUFFIXES)}, got {self.plot!r}"
+                )
+            if not Path(self.plot).absolute().parent.is_dir():
+                raise InputError(f"--plot {self.plot}: there is no such folder")
+
+
 @app.callback(invoke_without_command=True)
 def root(
     context: typer.Context,
@@ -118,17 +178,38 @@ def root(
         raise typer.Exit(2)
 
 
+Model = Annotated[str, typer.Argument(help="Checkpoint folder, or Hugging Face hub id.")]
+Cp = Annotated[int, typer.Option(help="Context-parallel ranks.")]
+Tp = Annotated[int, typer.Option(help="Tensor-parallel ranks.")]
+Prompt = Annotated[list[str] | None, typer.Option(help="A prompt; `-` reads stdin. Repeatable.")]
+PromptFile = Annotated[str | None, typer.Option(help="A file that is one prompt; `-` reads stdin.")]
+Dtype = Annotated[str, typer.Option(help="auto, bfloat16 or float32.")]
+Timeout = Annotated[float | None, typer.Option(help="Seconds that a collective may take.")]
+Int8 = Annotated[
+    str,
+    typer.Option(
+        help="Sums over TP in a prefill: exact, auto, one_shot or two_step.", metavar="FORM"
+    ),
+]
+Int8KV = Annotated[bool, typer.Option("--int8-kv", help="Int8 keys and values between CP ranks.")]
+GroupSize = Annotated[
+    int | None, typer.Option(help="With --int8: values that share a scale, such as 128.")
+]
+MinBytes = Annotated[
+    int | None, typer.Option(help="With --int8: smaller sums are exact. auto: 1 MiB.")
+]
+SkipLayers = Annotated[
+    str | None, typer.Option(help="Layers that stay exact, such as 0,1,47.", metavar="LAYERS")
+]
+
+
 @app.command()
 def generate(
-    model: Annotated[str, typer.Argument(help="Checkpoint folder, or Hugging Face hub id.")],
-    cp: Annotated[int, typer.Option(help="Context-parallel ranks.")] = 1,
-    tp: Annotated[int, typer.Option(help="Tensor-parallel ranks.")] = 1,
-    prompt: Annotated[
-        list[str] | None, typer.Option(help="A prompt; `-` reads stdin. Repeatable.")
-    ] = None,
-    prompt_file: Annotated[
-        str | None, typer.Option(help="A file that is one prompt; `-` reads stdin.")
-    ] = None,
+    model: Model,
+    cp: Cp = 1,
+    tp: Tp = 1,
+    prompt: Prompt = None,
+    prompt_file: PromptFile = None,
     max_new_tokens: Annotated[
         int, typer.Option(help="Most tokens of an answer.")
     ] = DEFAULT_NEW_TOKENS,
@@ -141,10 +222,13 @@ def generate(
     seed: Annotated[int | None, typer.Option(help="Of the sampling.")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Apply the chat template.")] = False,
     system: Annotated[str | None, typer.Option(help="System message, with --chat.")] = None,
-    dtype: Annotated[str, typer.Option(help="auto, bfloat16 or float32.")] = "auto",
-    timeout: Annotated[
-        float | None, typer.Option(help="Seconds that a collective may take.")
-    ] = None,
+    dtype: Dtype = "auto",
+    int8: Int8 = "exact",
+    int8_kv: Int8KV = False,
+    group_size: GroupSize = None,
+    min_bytes: MinBytes = None,
+    skip_layers: SkipLayers = None,
+    timeout: Timeout = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="One JSON document; the prompts run as one batch.")
     ] = False,
@@ -168,16 +252,80 @@ def generate(
         chat=chat,
         system=system,
         dtype=dtype,
+        int8=int8,
+        int8_kv=int8_kv,
+        group_size=group_size,
+        min_bytes=min_bytes,
+        skip_layers=skip_layers,
         timeout=timeout,
         as_json=as_json,
     )
+    _on_ranks(options, lambda ctx: _generate_all(options, ctx))
+
+
+@app.command()
+def report_comm(
+    model: Model,
+    cp: Cp = 1,
+    tp: Tp = 2,
+    prompt: Prompt = None,
+    prompt_file: PromptFile = None,
+    dtype: Dtype = "auto",
+    int8: Annotated[
+        str | None,
+        typer.Option(help="As of generate; two_step where there are TP ranks.", metavar="FORM"),
+    ] = None,
+    int8_kv: Int8KV = False,
+    group_size: GroupSize = None,
+    min_bytes: MinBytes = None,
+    skip_layers: SkipLayers = None,
+    timeout: Timeout = None,
+    plot: Annotated[
+        str | None, typer.Option(help="Draw it to this file: svg, png or pdf.", metavar="FILE")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON in place of the table.")] = False,
+) -> None:
+    """Report what int8 communication costs in accuracy on prompts of your own.
+
+    For each layer the error of each reduction and the outliers in it; for the logits, how far they
+    are from those with exact communication. Starts its ranks as `generate` does.
+    """
+    options = ReportOptions(
+        model=model,
+        cp=cp,
+        tp=tp,
+        prompts=prompt or [],
+        prompt_file=prompt_file,
+        dtype=dtype,
+        int8=int8 or ("two_step" if tp > 1 else "exact"),
+        int8_kv=int8_kv,
+        group_size=group_size,
+        min_bytes=min_bytes,
+        skip_layers=skip_layers,
+        timeout=timeout,
+        plot=plot,
+        as_json=as_json,
+    )
+    _on_ranks(options, lambda ctx: _report_communication(options, ctx))
+
+
+def _on_ranks(options: RunOptions, run: Callable[[ParallelContext], None]) -> None:
+    """Calls run(context) on every rank of the options, started here unless they are there."""
     _configure_logging()
     try:
         options.check()
-        if is_rank() or cp * tp == 1:
-            _run(options)
-        else:
+        _find_model(options.model)
+        if not is_rank() and options.cp * options.tp > 1:
             raise typer.Exit(_start_ranks(options))
+        starts_group = not dist.is_initialized()
+        ctx = ParallelContext.from_world(
+            options.cp, options.tp, comm=options.comm(), timeout=options.timeout
+        )
+        try:
+            run(ctx)
+        finally:
+            if starts_group and dist.is_initialized():
+                dist.destroy_process_group()
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
     except typer.Exit:
@@ -192,9 +340,8 @@ def main() -> None:
     app()
 
 
-def _start_ranks(options: GenerateOptions) -> int:
+def _start_ranks(options: RunOptions) -> int:
     """Checks what needs no ranks, then runs this command on ranks of its own: the exit code."""
-    _find_model(options.model)
     if options.reads_stdin:
         _keep_stdin()
     options.read_prompts()
@@ -203,39 +350,49 @@ def _start_ranks(options: GenerateOptions) -> int:
     return start_ranks(options.cp * options.tp, ["-m", "qwen3cp.cli", *sys.argv[1:]])
 
 
-def _run(options: GenerateOptions) -> None:
-    """One rank, or the only one."""
-    _find_model(options.model)
-    starts_group = not dist.is_initialized()
-    ctx = ParallelContext.from_world(options.cp, options.tp, timeout=options.timeout)
-    try:
-        prompts = _share_prompts(options, ctx)
-        sampling = _sampling(options)
-        tokenizer = _load_tokenizer(options)
-        texts = _apply_chat(tokenizer, prompts, options.system) if options.chat else prompts
-        ids = [_tokenize(tokenizer, text, chat=options.chat) for text in texts]
+def _load(options: RunOptions, ctx: ParallelContext) -> CPQwen3MoeForCausalLM:
+    """Collective over the replica."""
+    start = time.perf_counter()
+    model = CPQwen3MoeForCausalLM.from_pretrained(
+        options.model, parallel_context=ctx, dtype=options.dtype
+    )
+    logger.info(
+        f"{options.model}: cp={options.cp} tp={options.tp}, {_name(model.dtype)} on "
+        f"{model.device}, loaded in {time.perf_counter() - start:.1f} s"
+    )
+    return model
 
-        start = time.perf_counter()
-        model = CPQwen3MoeForCausalLM.from_pretrained(
-            options.model, parallel_context=ctx, dtype=options.dtype
-        )
-        logger.info(
-            f"{options.model}: cp={options.cp} tp={options.tp}, {_name(model.dtype)} on "
-            f"{model.device}, loaded in {time.perf_counter() - start:.1f} s"
-        )
-        if options.seed is not None:
-            torch.manual_seed(options.seed)
-        settings = {**sampling, "max_new_tokens": options.max_new_tokens}
-        if options.as_json:
-            answers = _generate_batch(model, tokenizer, ids, settings)
-            if ctx.rank == 0:
-                print(json.dumps(_document(options, model, prompts, answers), indent=2))
-        else:
-            for one in ids:
-                _generate_streaming(model, tokenizer, one, settings)
-    finally:
-        if starts_group and dist.is_initialized():
-            dist.destroy_process_group()
+
+def _generate_all(options: GenerateOptions, ctx: ParallelContext) -> None:
+    prompts = _share_prompts(options, ctx)
+    sampling = _sampling(options)
+    tokenizer = _load_tokenizer(options.model)
+    if options.chat and not tokenizer.chat_template:
+        raise InputError(f"the tokenizer of {options.model} has no chat template: omit --chat")
+    texts = _apply_chat(tokenizer, prompts, options.system) if options.chat else prompts
+    ids = [_tokenize(tokenizer, text, chat=options.chat) for text in texts]
+
+    model = _load(options, ctx)
+    if options.seed is not None:
+        torch.manual_seed(options.seed)
+    settings = {**sampling, "max_new_tokens": options.max_new_tokens}
+    if options.as_json:
+        answers = _generate_batch(model, tokenizer, ids, settings)
+        if ctx.rank == 0:
+            print(json.dumps(_document(options, model, prompts, answers), indent=2))
+    else:
+        for one in ids:
+            _generate_streaming(model, tokenizer, one, settings)
+
+
+def _report_communication(options: ReportOptions, ctx: ParallelContext) -> None:
+    tokenizer = _load_tokenizer(options.model)
+    ids = [_tokenize(tokenizer, text, chat=False) for text in _share_prompts(options, ctx)]
+    report = error_report(_load(options, ctx), ids)
+    if ctx.rank == 0:
+        print(report.to_json() if options.as_json else report.to_table())
+        if options.plot is not None:
+            report.plot(options.plot)
 
 
 # ---------------------------------------------------------------------------------------- inputs
@@ -271,7 +428,7 @@ def _keep_stdin() -> None:
     sys.stdin = open(0, encoding="utf-8", closefd=False)
 
 
-def _share_prompts(options: GenerateOptions, ctx: ParallelContext) -> list[str]:
+def _share_prompts(options: RunOptions, ctx: ParallelContext) -> list[str]:
     """The prompts as rank 0 reads them. Collective over the replica."""
     if ctx.host_group is None:
         return options.read_prompts()
@@ -312,14 +469,11 @@ def _generation_config(model: str) -> GenerationConfig:
         return GenerationConfig()
 
 
-def _load_tokenizer(options: GenerateOptions) -> PreTrainedTokenizerBase:
+def _load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     try:
-        tokenizer = AutoTokenizer.from_pretrained(options.model)
+        return AutoTokenizer.from_pretrained(model)
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{options.model} has no tokenizer that loads: {error}") from error
-    if options.chat and not tokenizer.chat_template:
-        raise InputError(f"the tokenizer of {options.model} has no chat template: omit --chat")
-    return tokenizer
+        raise CheckpointError(f"{model} has no tokenizer that loads: {error}") from error
 
 
 def _apply_chat(

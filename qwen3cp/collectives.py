@@ -2,37 +2,45 @@
 
 All of them take the `ParallelContext` that says which group; with one rank in the group they are
 no-ops that count nothing. Bytes are per rank: what this rank receives under the bandwidth-optimal
-algorithm (n ranks): all-gather (n-1) * shard, all-reduce 2 (n-1) / n * input, broadcast the
-message on every receiver.
+algorithm (n ranks): all-gather (n-1) * shard, all-reduce 2 (n-1) / n * input, all-to-all what comes
+from the others, broadcast the message on every receiver.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from qwen3cp.errors import CommunicationError, InputError, Qwen3CPError
-from qwen3cp.parallel import ForwardPhase, ParallelContext
+from qwen3cp import int8
+from qwen3cp.errors import CommunicationError, InputError, ParallelConfigError, Qwen3CPError
+from qwen3cp.parallel import AllReduceForm, ForwardPhase, ParallelContext
 
 # renamed in torch 2.13, where the old name warns
 _all_gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_all_to_all = dist.all_to_all_single
 
 __all__ = [
     "CommunicationLog",
     "CommunicationRecord",
+    "Message",
     "PendingGather",
     "agree",
     "all_reduce",
+    "all_reduce_bytes",
+    "all_reduce_form",
     "broadcast",
+    "gather_ranks",
     "gather_rows",
     "gather_vocabulary",
     "kv_gather",
+    "observe_messages",
     "record_communication",
 ]
 
@@ -47,6 +55,10 @@ class CommunicationRecord:
     """Bytes that this rank receives."""
     group_size: int
     phase: ForwardPhase | None
+    layer: int | None = None
+    """The layer that it is a part of, if it is one's."""
+    form: str = "exact"
+    """How the message travels: exact, int8, int8_one_shot or int8_two_step."""
 
 
 @dataclass
@@ -90,12 +102,52 @@ def record_communication() -> Iterator[CommunicationLog]:
         _open_logs.reset(token)
 
 
+@dataclass(frozen=True)
+class Message:
+    """What this rank gives to a gather of keys and values, or to a reduction, before it travels."""
+
+    kind: str
+    """kv_gather or all_reduce."""
+    tensor: torch.Tensor
+    """Overwritten by the reduction."""
+    layer: int | None
+    form: str
+    """How it travels, as of `CommunicationRecord`."""
+
+
+ResultObserver = Callable[[torch.Tensor], None]
+
+_observer: ContextVar[Callable[[Message], ResultObserver] | None] = ContextVar(
+    "observer", default=None
+)
+
+
+@contextmanager
+def observe_messages(observer: Callable[[Message], ResultObserver]) -> Iterator[None]:
+    """Calls observer(message) before each `kv_gather` and `all_reduce` of the block that moves
+    anything, and what that returns with the result. The observer may itself communicate, if that
+    of every rank does; it is not told of that."""
+    token = _observer.set(observer)
+    try:
+        yield
+    finally:
+        _observer.reset(token)
+
+
 class PendingGather:
     """A gather in flight."""
 
-    def __init__(self, result: torch.Tensor, work: dist.Work | None, what: str) -> None:
+    def __init__(
+        self,
+        result: torch.Tensor,
+        work: dist.Work | None,
+        what: str,
+        finish: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        observe_result: ResultObserver | None = None,
+    ) -> None:
         self._result: torch.Tensor | None = result
         self._work, self._what = work, what
+        self._finish, self._observe_result = finish, observe_result
 
     def wait(self) -> torch.Tensor:
         """The result, once: nothing of it is kept here, since it is the largest buffer around."""
@@ -104,48 +156,212 @@ class PendingGather:
                 self._work.wait()
         result, self._result, self._work = self._result, None, None
         assert result is not None, "wait() was called twice"
+        if self._finish is not None:
+            result = self._finish(result)
+        if self._observe_result is not None:
+            self._observe_result(result)
         return result
 
 
-def kv_gather(packed: torch.Tensor, ctx: ParallelContext, *, split: bool) -> PendingGather:
+def kv_gather(
+    packed: torch.Tensor,
+    ctx: ParallelContext,
+    *,
+    split: bool,
+    head_dim: int | None = None,
+    layer: int | None = None,
+) -> PendingGather:
     """Starts gathering the keys and values of every CP rank's rows.
 
-    Collective over cp_group if the rows are split over it; else does nothing.
+    Collective over cp_group if the rows are split over it; else does nothing. With
+    `CommConfig(kv_gather="int8")` they travel as int8 with a float32 scale for each token and head,
+    and every rank gets the same rounded values, also of its own rows.
 
     Args:
         packed: [2, R, kv_width], keys then values, padded to R rows on every rank.
         split: `ForwardPlan.is_split`.
+        head_dim: width of a head; None takes all heads for one.
+        layer: the index of the layer, for `CommConfig.skip_layers` and the log.
 
     Returns:
         What `wait()`s to [C * 2 * R, kv_width]: the ranks' keys and values in rank order.
     """
-    rows = packed.view(-1, packed.shape[-1])
+    sent = packed.view(-1, packed.shape[-1])
     if ctx.cp_group is None or not split:
-        return PendingGather(rows, None, "")
-    gathered = rows.new_empty(ctx.cp_size * rows.shape[0], rows.shape[1])
-    what = _record("kv_gather", (ctx.cp_size - 1) * _num_bytes(rows), ctx.cp_size, ctx)
+        return PendingGather(sent, None, "")
+    quantised = ctx.comm.kv_gather == "int8" and layer not in ctx.comm.skip_layers
+    form = "int8" if quantised else "exact"
+    observe_result = _observe("kv_gather", packed, layer, form)
+    finish = None
+    if quantised:
+        heads = packed.view(-1, head_dim or packed.shape[-1])
+        shape = (ctx.cp_size * len(sent), packed.shape[-1])
+        finish = partial(_dequantised, shape, heads.shape[-1], packed.dtype)
+        sent = int8.pack(heads, 1)
+    gathered = sent.new_empty(ctx.cp_size * len(sent), sent.shape[1])
+    received = (ctx.cp_size - 1) * _num_bytes(sent)
+    what = _record("kv_gather", received, ctx.cp_size, ctx, layer, form)
     with _named_failure(what):
-        work = _all_gather_into(gathered, rows, group=ctx.cp_group, async_op=True)
-    return PendingGather(gathered, work, what)
+        work = _all_gather_into(gathered, sent, group=ctx.cp_group, async_op=True)
+    return PendingGather(gathered, work, what, finish, observe_result)
 
 
-def all_reduce(x: torch.Tensor, ctx: ParallelContext, *, in_place: bool = False) -> torch.Tensor:
+def all_reduce(
+    x: torch.Tensor,
+    ctx: ParallelContext,
+    *,
+    in_place: bool = False,
+    layer: int | None = None,
+    form: AllReduceForm | None = None,
+) -> torch.Tensor:
     """Sums x over the TP ranks. Collective over tp_group: every rank must call it.
 
-    The result is the same, bit for bit, on every rank of the group.
+    The result is the same, bit for bit, on every rank of the group. In PREFILL it may be summed
+    from int8 values (see `CommConfig`); a group of values that holds one which is not finite is
+    then NaN as a whole.
 
     Args:
-        x: the same shape on every rank; with `in_place` it must be contiguous and is overwritten.
+        x: the same shape on every rank, tokens in rows; with `in_place` it must be contiguous and
+            is overwritten.
+        layer: the index of the layer, for `CommConfig.skip_layers` and the log.
+        form: None is `all_reduce_form(x, ctx, layer)`.
+
+    Raises:
+        ParallelConfigError: `CommConfig.group_size` does not divide the last dimension of x.
+        InputError: x is neither bfloat16 nor float32 and would travel as int8.
     """
     if ctx.tp_group is None:
         return x
-    total = x if in_place else x.clone(memory_format=torch.contiguous_format)
-    if total.numel() == 0:  # all TP ranks hold the same rows, so all of them stop here
-        return total
-    num_bytes = 2 * (ctx.tp_size - 1) * _num_bytes(total) // ctx.tp_size
-    with _named_failure(_record("all_reduce", num_bytes, ctx.tp_size, ctx)):
-        dist.all_reduce(total, group=ctx.tp_group)
+    if x.numel() == 0:  # all TP ranks hold the same rows, so all of them stop here
+        return x if in_place else torch.empty_like(x, memory_format=torch.contiguous_format)
+    form = all_reduce_form(x, ctx, layer) if form is None else form
+    observe_result = _observe("all_reduce", x, layer, form)
+    if form == "exact":
+        total = x if in_place else x.clone(memory_format=torch.contiguous_format)
+        received = all_reduce_bytes(form, 1, x.numel(), x.element_size(), ctx.tp_size)
+        with _named_failure(_record("all_reduce", received, ctx.tp_size, ctx, layer)):
+            dist.all_reduce(total, group=ctx.tp_group)
+    else:
+        x = x.contiguous()
+        total = x if in_place else torch.empty_like(x)
+        group_size = _group_size(x, ctx)
+        terms, sums = x.view(-1, group_size), total.view(-1, group_size)
+        sum_chunk = _one_shot if form == "int8_one_shot" else _two_step
+        for start, stop in int8.chunks(len(terms), group_size, _num_blocks(form, ctx.tp_size)):
+            sum_chunk(terms[start:stop], sums[start:stop], ctx, layer)
+    if observe_result is not None:
+        observe_result(total)
     return total
+
+
+def all_reduce_form(
+    x: torch.Tensor, ctx: ParallelContext, layer: int | None = None
+) -> AllReduceForm:
+    """How `all_reduce` sums x: exact, int8_one_shot or int8_two_step. Not collective.
+
+    Exact outside PREFILL, in `CommConfig.skip_layers`, and for messages of less than
+    `CommConfig.min_bytes`. "auto" is then the form by which a rank receives the fewest bytes
+    (`all_reduce_bytes`); of equal ones the exact, then the one-shot, which rounds less.
+    """
+    comm = ctx.comm
+    if (
+        comm.all_reduce == "exact"
+        or ctx.phase is not ForwardPhase.PREFILL
+        or layer in comm.skip_layers
+        or _num_bytes(x) < comm.least_bytes
+    ):
+        return "exact"
+    if x.dtype not in (torch.bfloat16, torch.float32):
+        raise InputError(
+            f"x is {x.dtype}; int8 reductions take bfloat16 and float32: use "
+            "CommConfig(all_reduce='exact')"
+        )
+    group_size = _group_size(x, ctx)
+    if comm.all_reduce != "auto":
+        return comm.all_reduce
+    forms: tuple[AllReduceForm, ...] = ("exact", "int8_one_shot", "int8_two_step")
+    num_groups = x.numel() // group_size
+    return min(
+        forms,
+        key=lambda form: all_reduce_bytes(
+            form, num_groups, group_size, x.element_size(), ctx.tp_size
+        ),
+    )
+
+
+def all_reduce_bytes(
+    form: AllReduceForm, num_groups: int, group_size: int, element_size: int, num_ranks: int
+) -> int:
+    """Bytes that a rank receives when num_ranks ranks sum num_groups * group_size values.
+
+    With G groups of g values and n ranks: exact 2 (n-1) / n * G * g * element_size; one-shot
+    (n-1) * G * (g + 4); two-step 2 (n-1) * ceil(G / n) * (g + 4). A message beyond
+    `int8.CHUNK_VALUES` travels in chunks; where g is not a multiple of 4, a block of one is filled
+    up to one.
+    """
+    if form == "exact":
+        return 2 * (num_ranks - 1) * num_groups * group_size * element_size // num_ranks
+    num_blocks = _num_blocks(form, num_ranks)
+    steps = 1 if form == "int8_one_shot" else 2
+    return sum(
+        steps * (num_ranks - 1) * int8.block_bytes(-(-(stop - start) // num_blocks), group_size)
+        for start, stop in int8.chunks(num_groups, group_size, num_blocks)
+    )
+
+
+def _num_blocks(form: AllReduceForm, num_ranks: int) -> int:
+    """How many blocks a rank's values are cut into: one for all, or one for each rank."""
+    return 1 if form == "int8_one_shot" else num_ranks
+
+
+def _group_size(x: torch.Tensor, ctx: ParallelContext) -> int:
+    """Values that share a scale: a row, or as many as the config says."""
+    width = x.shape[-1] if x.dim() else 1
+    group_size = width if ctx.comm.group_size is None else ctx.comm.group_size
+    if width % group_size:
+        raise ParallelConfigError(
+            f"CommConfig(group_size={group_size}) does not divide rows of {width} values; None "
+            "takes a row as one group"
+        )
+    return group_size
+
+
+def _dequantised(
+    shape: tuple[int, int], group_size: int, dtype: torch.dtype, blocks: torch.Tensor
+) -> torch.Tensor:
+    out = torch.empty(shape, dtype=dtype, device=blocks.device)
+    int8.dequantise_(out.view(-1, group_size), blocks)
+    return out
+
+
+def _one_shot(
+    terms: torch.Tensor, out: torch.Tensor, ctx: ParallelContext, layer: int | None
+) -> None:
+    """out = the sum of every rank's terms, [G, g]: all of them go to all ranks, which add."""
+    blocks = int8.pack(terms, 1)
+    gathered = blocks.new_empty(ctx.tp_size, blocks.shape[1])
+    received = (ctx.tp_size - 1) * _num_bytes(blocks)
+    with _named_failure(_record("all_reduce", received, ctx.tp_size, ctx, layer, "int8_one_shot")):
+        _all_gather_into(gathered, blocks, group=ctx.tp_group)
+    out.copy_(int8.sum_of(gathered, terms.shape[1]))
+
+
+def _two_step(
+    terms: torch.Tensor, out: torch.Tensor, ctx: ParallelContext, layer: int | None
+) -> None:
+    """out = the sum of every rank's terms, [G, g]: each rank adds its share, and all get all."""
+    group_size, form = terms.shape[1], "int8_two_step"
+    blocks = int8.pack(terms, ctx.tp_size)
+    shares = torch.empty_like(blocks)
+    received = (ctx.tp_size - 1) * _num_bytes(blocks[0])
+    with _named_failure(_record("all_reduce", received, ctx.tp_size, ctx, layer, form)):
+        _all_to_all(shares, blocks, group=ctx.tp_group)
+    # the NPU quantises no float32, unless all of this is in it
+    share = int8.sum_of(shares, group_size).to(terms.dtype)
+    block = int8.pack(share, 1)
+    with _named_failure(_record("all_reduce", received, ctx.tp_size, ctx, layer, form)):
+        _all_gather_into(blocks, block, group=ctx.tp_group)
+    int8.dequantise_(out, blocks)
 
 
 def gather_rows(
@@ -168,6 +384,14 @@ def gather_vocabulary(logits: torch.Tensor, ctx: ParallelContext, vocab_size: in
     gathered = _all_gather(logits, ctx.world_group, ctx.world_size, "logits", ctx)
     gathered = gathered.view(ctx.world_size, num_rows, shard).transpose(0, 1)
     return gathered.reshape(num_rows, ctx.world_size * shard)[:, :vocab_size]
+
+
+def gather_ranks(x: torch.Tensor, ctx: ParallelContext) -> torch.Tensor:
+    """x of every rank of the replica, of the same shape: [world_size, ...], in rank order.
+
+    Collective over world_group.
+    """
+    return _all_gather(x[None], ctx.world_group, ctx.world_size, "check", ctx)
 
 
 def broadcast(x: torch.Tensor, ctx: ParallelContext) -> torch.Tensor:
@@ -213,7 +437,7 @@ def agree(ctx: ParallelContext, error: Exception | None, digest: bytes = bytes(1
     different = (all_ranks != all_ranks[0]).any(1).nonzero().flatten().tolist()
     if different:
         raise InputError(
-            f"ranks {different} were given other sequences, lengths or ids than rank 0 "
+            f"ranks {different} were given other sequences, lengths, ids or settings than rank 0 "
             f"(this is rank {ctx.rank}): every rank of a replica must make the same call"
         )
 
@@ -242,10 +466,34 @@ def _num_bytes(x: torch.Tensor) -> int:
     return x.numel() * x.element_size()
 
 
-def _record(kind: str, num_bytes: int, group_size: int, ctx: ParallelContext) -> str:
+def _observe(
+    kind: str, tensor: torch.Tensor, layer: int | None, form: str
+) -> ResultObserver | None:
+    observer = _observer.get()
+    if observer is None:
+        return None
+
+    def unobserved(call: Callable[[Any], Any], argument: Any) -> Any:
+        token = _observer.set(None)
+        try:
+            return call(argument)
+        finally:
+            _observer.reset(token)
+
+    return partial(unobserved, unobserved(observer, Message(kind, tensor, layer, form)))
+
+
+def _record(
+    kind: str,
+    num_bytes: int,
+    group_size: int,
+    ctx: ParallelContext,
+    layer: int | None = None,
+    form: str = "exact",
+) -> str:
     """Logs a collective and returns what to call it in an error message."""
     for log in _open_logs.get():
-        log.records.append(CommunicationRecord(kind, num_bytes, group_size, ctx.phase))
+        log.records.append(CommunicationRecord(kind, num_bytes, group_size, ctx.phase, layer, form))
     return f"{kind} over {group_size} ranks, on cp_rank {ctx.cp_rank}, tp_rank {ctx.tp_rank}"
 
 

@@ -7,7 +7,7 @@ import copy
 import torch
 from transformers import Qwen3MoeConfig
 
-from qwen3cp.errors import UnsupportedConfigError
+from qwen3cp.errors import ParallelConfigError, UnsupportedConfigError
 from qwen3cp.parallel import ParallelContext, div_even
 
 __all__ = ["check_dtype", "check_supported", "head_dim_of", "local_config", "max_length_of"]
@@ -30,6 +30,7 @@ OPERATORS = (
     "npu_moe_init_routing_v2",
     "npu_grouped_matmul",
     "npu_moe_token_unpermute",
+    "npu_dynamic_quant",
 )
 
 
@@ -52,7 +53,8 @@ def check_supported(config: Qwen3MoeConfig, ctx: ParallelContext) -> None:
 
     Raises:
         UnsupportedConfigError: the model.
-        ParallelConfigError: heads or widths that TP cannot divide.
+        ParallelConfigError: heads or widths that TP cannot divide, settings of the communication
+            that do not fit the model.
     """
     if getattr(config, "model_type", None) != "qwen3_moe":
         raise UnsupportedConfigError(
@@ -92,6 +94,18 @@ def check_supported(config: Qwen3MoeConfig, ctx: ParallelContext) -> None:
         raise UnsupportedConfigError(
             f"num_experts_per_tok = {config.num_experts_per_tok} is more than num_experts = "
             f"{config.num_experts}"
+        )
+    comm = ctx.comm
+    if comm.all_reduce != "exact" and config.hidden_size % (comm.group_size or 1):
+        raise ParallelConfigError(
+            f"CommConfig(group_size={comm.group_size}) does not divide hidden_size = "
+            f"{config.hidden_size}; None takes a token as one group"
+        )
+    beyond = [layer for layer in comm.skip_layers if layer >= config.num_hidden_layers]
+    if beyond:
+        raise ParallelConfigError(
+            f"CommConfig(skip_layers=...) names the layers {beyond}; the model has 0 to "
+            f"{config.num_hidden_layers - 1}"
         )
     local_config(config, ctx)
 

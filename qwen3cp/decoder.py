@@ -27,10 +27,8 @@ class CPQwen3MoeDecoderLayer(Qwen3MoeDecoderLayer):
         nn.Module.__init__(self)
         self.hidden_size = config.hidden_size
         self.self_attn = CPQwen3MoeAttention(config, layer_idx, parallel_context=parallel_context)
-        if is_sparse(config, layer_idx):
-            self.mlp = CPQwen3MoeSparseMoeBlock(config, parallel_context=parallel_context)
-        else:
-            self.mlp = CPQwen3MoeMLP(config, parallel_context=parallel_context)
+        mlp = CPQwen3MoeSparseMoeBlock if is_sparse(config, layer_idx) else CPQwen3MoeMLP
+        self.mlp = mlp(config, parallel_context=parallel_context, layer_idx=layer_idx)
         self.input_layernorm = Qwen3MoeRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = Qwen3MoeRMSNorm(config.hidden_size, config.rms_norm_eps)
 

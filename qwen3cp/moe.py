@@ -32,11 +32,13 @@ class CPQwen3MoeMLP(Qwen3MoeMLP):
         intermediate_size: int | None = None,
         *,
         parallel_context: ParallelContext,
+        layer_idx: int | None = None,
     ) -> None:
         check_supported(config, parallel_context)
         whole = config.intermediate_size if intermediate_size is None else intermediate_size
         super().__init__(config, div_even(whole, parallel_context.tp_size, "intermediate_size"))
         self.parallel_context = parallel_context
+        self.layer_idx = layer_idx
 
     @torch.no_grad()
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -47,7 +49,9 @@ class CPQwen3MoeMLP(Qwen3MoeMLP):
         torch.mm(hidden, self.up_proj.weight.t(), out=gate_up[rows:])
         activated = torch.ops.npu.npu_swiglu(gate_up, 0)
         partial = F.linear(activated, self.down_proj.weight)
-        return collectives.all_reduce(partial, self.parallel_context, in_place=True)
+        return collectives.all_reduce(
+            partial, self.parallel_context, in_place=True, layer=self.layer_idx
+        )
 
 
 class CPQwen3MoeSparseMoeBlock(Qwen3MoeSparseMoeBlock):
@@ -56,10 +60,17 @@ class CPQwen3MoeSparseMoeBlock(Qwen3MoeSparseMoeBlock):
     The router, gate.weight [E, H], is whole.
     """
 
-    def __init__(self, config: Qwen3MoeConfig, *, parallel_context: ParallelContext) -> None:
+    def __init__(
+        self,
+        config: Qwen3MoeConfig,
+        *,
+        parallel_context: ParallelContext,
+        layer_idx: int | None = None,
+    ) -> None:
         check_supported(config, parallel_context)
         super().__init__(local_config(config, parallel_context))
         self.parallel_context = parallel_context
+        self.layer_idx = layer_idx
 
     @torch.no_grad()
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -85,7 +96,9 @@ class CPQwen3MoeSparseMoeBlock(Qwen3MoeSparseMoeBlock):
         activated = torch.ops.npu.npu_swiglu(gate_up)
         down = _grouped_matmul(activated, cast(torch.Tensor, experts.down_proj), counts)
         partial = torch.ops.npu.npu_moe_token_unpermute(down, row_of_choice, weights_Tk)
-        return collectives.all_reduce(partial, self.parallel_context, in_place=True)
+        return collectives.all_reduce(
+            partial, self.parallel_context, in_place=True, layer=self.layer_idx
+        )
 
     def _route(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Weights (float32) and ids (int32) of each token's experts, both [T, k]."""
