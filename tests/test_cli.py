@@ -18,8 +18,8 @@ from pathlib import Path
 import pytest
 from transformers import GenerationConfig
 
-from qwen3cp import CPQwen3MoeForCausalLM, __version__, cli
-from qwen3cp.errors import CommunicationError, KVCacheFullError
+from qwen3cp import CommConfig, CPQwen3MoeForCausalLM, __version__, cli
+from qwen3cp.errors import CommunicationError, InputError, KVCacheFullError
 from qwen3cp.launch import exit_code_of, start_ranks
 from tests.conftest import CHECKPOINT
 
@@ -242,6 +242,46 @@ def test_mistakes_are_one_line_and_exit_code_2(run, monkeypatch, mistake, cp):
     assert line.startswith("error: ") and message in line
 
 
+def test_settings_of_the_communication_reach_the_model(run, monkeypatch):
+    seen = []
+
+    def from_pretrained(*_, parallel_context, **__):
+        seen.append(parallel_context.comm)
+        raise InputError("seen")
+
+    monkeypatch.setattr(CPQwen3MoeForCausalLM, "from_pretrained", from_pretrained)
+    options = ["--int8", "auto", "--int8-kv", "--group-size", "64", "--min-bytes", "0"]
+    with pytest.warns(UserWarning, match="kv_gather"):
+        run("generate", MODEL, "--prompt", SHORT, *options, "--skip-layers", "0,3")
+    run("report-comm", MODEL, "--prompt", SHORT, "--int8", "auto", "--tp", "1")
+    assert seen == [
+        CommConfig(
+            all_reduce="auto", kv_gather="int8", group_size=64, min_bytes=0, skip_layers=[0, 3]
+        ),
+        CommConfig(all_reduce="auto"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--int8", "half"], "--int8 must be one of exact, auto, one_shot, two_step, got 'half'"),
+        (["--group-size", "0"], "group_size must be a positive integer, got 0"),
+        (["--min-bytes", "-1"], "min_bytes must be an integer of at least 0, got -1"),
+        (["--skip-layers", "first"], "--skip-layers must be layer numbers such as 0,47"),
+        (["--tp", "1"], "there is nothing to report: pass --int8 or --int8-kv"),
+        (["--plot", "report.txt"], "--plot must end in .svg, .png, .pdf, got 'report.txt'"),
+        (["--plot", "/no/such/folder/x.svg"], "there is no such folder"),
+    ],
+)
+def test_mistakes_in_a_report(run, monkeypatch, options, message):
+    monkeypatch.setattr(cli, "start_ranks", lambda *_: pytest.fail("ranks were started"))
+    result = run("report-comm", MODEL, "--prompt", SHORT, *options)
+    assert (result.code, result.stdout) == (2, "")
+    (line,) = result.errors
+    assert line.startswith("error: ") and message in line
+
+
 def test_a_folder_without_weights_or_tokenizer(run, tmp_path):
     for name in ("model.safetensors.index.json", "tokenizer.json"):
         folder = copy_of_checkpoint(tmp_path / name)
@@ -415,6 +455,22 @@ def test_own_ranks(run):
     assert [a["prompt"] for a in one] == [SHORT, odd]
     assert [a["token_ids"] for a in one] == [a["token_ids"] for a in other]
     assert len(ranks.stderr.splitlines()) == 2  # loading, and timing
+
+
+def test_report_on_own_ranks(tmp_path):
+    plot = tmp_path / "report.svg"
+    command = [str(BIN / "qwen3cp"), "report-comm", MODEL, "--cp", "2", "--prompt", SHORT]
+    done = process(*command, "--int8-kv", "--group-size", "128", "--json", "--plot", str(plot))
+    assert done.code == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["topology"] == {"cp": 2, "tp": 2}
+    assert (report["comm"]["group_size"], report["comm"]["kv_gather"]) == (128, "int8")
+    assert {m["message"]: m["form"] for m in report["messages"]} == {
+        "attention": "int8_two_step",
+        "mlp": "int8_two_step",
+        "kv_gather": "int8",
+    }
+    assert plot.read_text().rstrip().endswith("</svg>")
 
 
 @pytest.fixture

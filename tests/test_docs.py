@@ -1,5 +1,7 @@
 """The documentation: commands and code run, numbers are recomputed, names and links exist."""
 
+import importlib
+import json
 import re
 import runpy
 import shlex
@@ -22,8 +24,10 @@ from qwen3cp import (
     ParallelContext,
     cli,
 )
+from qwen3cp.collectives import all_reduce_bytes
 from qwen3cp.config import OPERATORS
 from qwen3cp.ops import SCHEMAS
+from qwen3cp.parallel import AllReduceForm
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -77,6 +81,14 @@ def test_command(command, monkeypatch, capfd):
         stdout, stderr = capfd.readouterr()
         assert (ended.value.code or 0) == 0, stderr
         assert stdout == " 12 + 15 = <<12+15=27>>27\n#### 27\n"
+    elif words[:2] == ["qwen3cp", "report-comm"]:
+        monkeypatch.setattr(sys, "argv", words)
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        stdout, stderr = capfd.readouterr()
+        assert (ended.value.code or 0) == 0, stderr
+        assert stdout.count("%,") == 4 * 2  # two reductions in each of four layers
+        assert "the likeliest token agrees in" in stdout
     elif words[0] == "torchrun":  # made for 8 NPUs: here 2 CPU ranks, and the bundled checkpoint
         assert words[1:6] == ["--nproc-per-node", "8", "-m", "qwen3cp.cli", "generate"]
         assert words[7:11] == ["--cp", "2", "--tp", "4"]
@@ -268,6 +280,61 @@ def test_bytes_of_the_gather():
     assert 131072 * (4 * 128) * 2 * 2 == 256 << 20  # K and V of all ranks, copied
 
 
+def test_bytes_of_int8_sums():
+    text = (ROOT / "docs" / "int8-communication.md").read_text()
+    names: dict[str, AllReduceForm] = {
+        "exact, bfloat16 ring": "exact",
+        "one-shot": "int8_one_shot",
+        "two-step": "int8_two_step",
+    }
+    groups = 24 * 100  # which 2, 3, 4 and 8 ranks divide
+    for name, form in names.items():
+        (cells,) = re.findall(rf"^\| {name} \|.*?\|(.*)\|$", text, re.MULTILINE)
+        for cell, num_ranks in zip(cells.split("|"), (2, 3, 4, 8), strict=True):
+            sent = all_reduce_bytes(form, groups, 128, 2, num_ranks) / (groups * 128)
+            assert float(cell) == pytest.approx(sent, abs=0.005)
+    # two reductions of 131072 / 2 rows of 2048 over 4 ranks; the gather of one KV head
+    assert 2 * all_reduce_bytes("exact", 131072 // 2, 2048, 2, 4) == 768 << 20
+    assert 131072 // 2 * 2 * 128 * 2 == 32 << 20
+
+
+def test_times_of_int8_sums():
+    """Of 65,536 rows of 4,096 values, by the formulas of the page."""
+    text = (ROOT / "docs" / "int8-communication.md").read_text()
+    values, memory = 65536 * 4096, 0.6 * 1.6 * 2**40
+    rows = re.findall(r"^\| .*?(\d+) ranks.*?\| (\d+) \|(.*)\|$", text, re.MULTILINE)
+    assert len(rows) == 6
+    for num_ranks, link, cells in ((int(n), float(link), c) for n, link, c in rows):
+        passes: dict[AllReduceForm, float] = {
+            "exact": 0,
+            "int8_two_step": 7 + 5 / num_ranks,
+            "int8_one_shot": 5 + 3 * num_ranks,
+        }
+        for cell, (form, per_value) in zip(cells.split("|"), passes.items(), strict=True):
+            sent = all_reduce_bytes(form, 65536, 4096, 2, num_ranks)
+            seconds = sent / (0.7 * link * 1e9) + per_value * values / memory
+            assert float(cell) == pytest.approx(seconds * 1e3, rel=0.02)
+    (limits,) = re.findall(r"that is (\d+), (\d+) and (\d+) GB/s", text)
+    for num_ranks, limit in zip((2, 4, 8), limits, strict=True):
+        pays_below = (num_ranks - 1) / num_ranks * memory / (3.5 + 2.5 / num_ranks)
+        assert pays_below / 1e9 == pytest.approx(float(limit), abs=0.6)
+
+
+def test_accuracy_of_int8_communication_is_what_was_measured(monkeypatch):
+    folder = ROOT / "docs" / "measurements"
+    monkeypatch.syspath_prepend(str(folder))
+    module = importlib.import_module("int8_accuracy")
+    rows = json.loads((folder / "int8_accuracy.json").read_text())
+    assert module.table(rows) in (ROOT / "docs" / "int8-communication.md").read_text()
+    assert {row["problems"] for row in rows} == {400}
+    named = [(row["cp"], row["tp"], row["comm"]) for row in rows]
+    assert named == [
+        (*topology, name)
+        for topology, settings in module.SETTINGS.items()
+        for name in ("exact", *settings)
+    ]
+
+
 def test_what_the_check_exchanges():
     assert len(plan([13], [0], 0).digest) + 1 == 17  # and the status
 
@@ -322,9 +389,10 @@ def test_calls_of_a_layer_come_in_that_order(monkeypatch):
     ]
 
 
-def test_the_figure_is_what_its_script_draws(tmp_path, monkeypatch):
-    script = ROOT / "docs" / "figures" / "zigzag.py"
-    drawn = tmp_path / "zigzag.svg"
+@pytest.mark.parametrize("name", ["zigzag", "int8_all_reduce"])
+def test_the_figure_is_what_its_script_draws(tmp_path, monkeypatch, name):
+    script = ROOT / "docs" / "figures" / f"{name}.py"
+    drawn = tmp_path / f"{name}.svg"
     monkeypatch.setattr(sys, "argv", [str(script), str(drawn)])
     runpy.run_path(str(script), run_name="__main__")
     assert drawn.read_text() == script.with_suffix(".svg").read_text()

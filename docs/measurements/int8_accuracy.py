@@ -187,7 +187,7 @@ def interval(gained: int, lost: int, count: int) -> tuple[float, float]:
 def table(rows: list[dict[str, Any]]) -> str:
     """The table of the documentation, in Markdown."""
     lines = [
-        "| cp x tp | communication | right | answers that differ | gained, lost | change in points |",
+        "| cp x tp | communication | right | answers that differ | gained, lost | points |",
         "|---|---|---|---|---|---|",
     ]
     for row in rows:
