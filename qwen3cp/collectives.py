@@ -35,7 +35,9 @@ __all__ = [
     "gather_vocabulary",
     "kv_gather",
     "pass_on",
+    "receive",
     "record_communication",
+    "send_to_first",
 ]
 
 
@@ -319,3 +321,16 @@ def pass_on(x: torch.Tensor, ctx: ParallelContext, cp_rank: int) -> None:
     received = 0 if ctx.cp_rank == cp_rank else _num_bytes(x)
     with _named_failure(_record("weights", received, ctx.cp_size, ctx)):
         dist.broadcast(x.detach().view(-1).view(torch.uint8), group=ctx.cp_group, group_src=cp_rank)
+
+
+def send_to_first(x: torch.Tensor, ctx: ParallelContext) -> None:
+    """Sends a contiguous x to rank 0, which must `receive` it. Waits for that."""
+    with _named_failure(_record("weights", 0, 2, ctx)):
+        dist.send(x.detach().view(-1).view(torch.uint8), group=ctx.world_group, group_dst=0)
+
+
+def receive(x: torch.Tensor, ctx: ParallelContext, rank: int) -> torch.Tensor:
+    """Overwrites a contiguous x with what a rank of the replica sends, and returns it."""
+    with _named_failure(_record("weights", _num_bytes(x), 2, ctx)):
+        dist.recv(x.view(-1).view(torch.uint8), group=ctx.world_group, group_src=rank)
+    return x

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -42,7 +43,7 @@ from qwen3cp.config import (
     max_length_of,
 )
 from qwen3cp.decoder import CPQwen3MoeDecoderLayer, add_norm
-from qwen3cp.errors import InputError, UnsupportedConfigError
+from qwen3cp.errors import InputError
 from qwen3cp.kv_cache import DEFAULT_PAGE_SIZE, PagedCacheAdapter, PagedKVCache, Sequence
 from qwen3cp.parallel import ForwardPhase, ParallelContext, default_device
 from qwen3cp.plan import ForwardPlan
@@ -508,12 +509,35 @@ class CPQwen3MoeForCausalLM(Qwen3MoeForCausalLM):
             hub_kwargs={name: value for name, value in hub_kwargs.items() if value},
         )
 
-    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """Not available: parameters are one rank's shards, which nobody else could load."""
-        raise UnsupportedConfigError(
-            "save_pretrained would write this rank's shards only; the checkpoint that was loaded "
-            "is unchanged, copy that"
-        )
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        *,
+        max_shard_size: int | str = "5GB",
+        **refused: Any,
+    ) -> None:
+        """Writes the whole model as one checkpoint, which transformers loads bit for bit, too.
+
+        Collective over the replica: every rank must call it. Rank 0 writes, and is sent the other
+        ranks' parts one by one; replicas other than the first do nothing.
+
+        The folder appears, or changes from the old checkpoint to the new, in one step when all is
+        written; other files in it, such as a tokenizer, stay. If anything fails, it is as it was.
+
+        Args:
+            max_shard_size: of a file, in bytes or such as "5GB".
+            refused: other arguments of transformers' method, which must be unset.
+
+        Raises:
+            InputError: an argument cannot be honoured.
+            CheckpointError: on every rank, if rank 0 cannot write.
+        """
+        from qwen3cp.weights.saver import save_pretrained
+
+        given = sorted(name for name, value in refused.items() if value is not None)
+        if given:
+            raise InputError(f"save_pretrained does not take {', '.join(given)}; leave it out")
+        save_pretrained(self, Path(save_directory), max_shard_size)
 
     def tie_weights(self, *args: Any, **kwargs: Any) -> None:
         """With tied embeddings, makes lm_head.weight this rank's rows of the embedding."""

@@ -68,10 +68,12 @@ def replaced_folder(target: Path, num_bytes: int, *, stale: tuple[str, ...]) -> 
             elif path.is_symlink():
                 (folder / path.name).symlink_to(path.readlink())
         _exchange(folder, target)
-        for path in others:  # folders cannot be linked; `folder` is the old one now
-            if not (target / path.name).exists():
-                os.rename(folder / path.name, target / path.name)
-        shutil.rmtree(folder, ignore_errors=True)
+        old = folder.with_name(f"{folder.name}.old")
+        os.rename(folder, old)
+        for path in others:  # folders cannot be linked
+            if path.name not in os.listdir(target):
+                os.rename(old / path.name, target / path.name)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 @contextmanager

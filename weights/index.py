@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +21,14 @@ from huggingface_hub.errors import (
 from qwen3cp.errors import CheckpointError, InputError
 from qwen3cp.weights.safetensors_file import StoredTensor, read_header, unique_keys
 
-__all__ = ["CONFIG_FILE", "INDEX_FILE", "SINGLE_FILE", "CheckpointIndex", "find_checkpoint"]
+__all__ = [
+    "CONFIG_FILE",
+    "INDEX_FILE",
+    "SINGLE_FILE",
+    "CheckpointIndex",
+    "find_checkpoint",
+    "find_config",
+]
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -45,11 +54,24 @@ def find_checkpoint(name_or_path: str, hub_kwargs: dict[str, Any]) -> Path:
     folder = Path(name_or_path)
     if folder.is_dir():
         return folder
-    try:
+    with _named(name_or_path):
         return _download(name_or_path, hub_kwargs)
+
+
+def find_config(repository: str) -> Path:
+    """config.json of a hub repository, downloaded."""
+    with _named(repository):
+        return Path(hf_hub_download(repository, CONFIG_FILE))
+
+
+@contextmanager
+def _named(repository: str) -> Iterator[None]:
+    """huggingface_hub's errors as ours."""
+    try:
+        yield
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise CheckpointError(
-            f"{name_or_path!r} is neither a folder nor a hub repository that can be downloaded: "
+            f"{repository!r} is neither a folder nor a hub repository that can be downloaded: "
             f"{error}"
         ) from error
 

@@ -34,18 +34,18 @@ class Piece(NamedTuple):
     source: str
     shape: tuple[int, ...]
     """Of the whole tensor on disk."""
-    rows: slice
-    columns: slice
+    rows: range
+    columns: range
     start: int
     """The element of the flattened parameter that the first element of the block goes to."""
 
     @property
     def num_rows(self) -> int:
-        return self.rows.stop - self.rows.start
+        return len(self.rows)
 
     @property
     def num_columns(self) -> int:
-        return self.columns.stop - self.columns.start
+        return len(self.columns)
 
     @property
     def numel(self) -> int:
@@ -113,20 +113,20 @@ def _parameters(
         yield _whole(f"{prefix}post_attention_layernorm.weight", (hidden,))
     yield _whole("model.norm.weight", (hidden,))
     if not config.tie_word_embeddings:
-        yield _rows("lm_head.weight", (vocab, hidden), _as_slice(local_vocabulary(config, ctx)))
+        yield _rows("lm_head.weight", (vocab, hidden), local_vocabulary(config, ctx))
 
 
 def _whole(name: str, shape: tuple[int, ...]) -> Parameter:
-    return _rows(name, shape, slice(0, shape[0]))
+    return _rows(name, shape, range(0, shape[0]))
 
 
-def _rows(name: str, shape: tuple[int, ...], rows: slice) -> Parameter:
-    piece = Piece(name, shape, rows, slice(0, row_length(shape)), 0)
+def _rows(name: str, shape: tuple[int, ...], rows: range) -> Parameter:
+    piece = Piece(name, shape, rows, range(0, row_length(shape)), 0)
     return Parameter(name, (piece.num_rows, *shape[1:]), (piece,))
 
 
-def _columns(name: str, shape: tuple[int, int], columns: slice) -> Parameter:
-    piece = Piece(name, shape, slice(0, shape[0]), columns, 0)
+def _columns(name: str, shape: tuple[int, int], columns: range) -> Parameter:
+    piece = Piece(name, shape, range(0, shape[0]), columns, 0)
     return Parameter(name, (shape[0], piece.num_columns), (piece,))
 
 
@@ -139,7 +139,7 @@ def _attention(
     query = _share(ctx.tp_rank, local.num_attention_heads * head_dim)
     # ranks that share a KV head are neighbours
     first_kv_head = ctx.tp_rank * config.num_key_value_heads // ctx.tp_size
-    kv = slice(first_kv_head * head_dim, (first_kv_head + local.num_key_value_heads) * head_dim)
+    kv = range(first_kv_head * head_dim, (first_kv_head + local.num_key_value_heads) * head_dim)
     by_rows = {"q": (query_width, query), "k": (kv_width, kv), "v": (kv_width, kv)}
 
     for name, (width, rows) in by_rows.items():
@@ -171,12 +171,12 @@ def _experts(
         config.num_experts,
     )
     if ctx.moe == "ep":
-        experts, share = local_experts(num_experts, ctx.rank, ctx.world_size), slice(0, width)
+        experts, share = local_experts(num_experts, ctx.rank, ctx.world_size), range(0, width)
     else:
         experts, share = range(num_experts), _share(ctx.tp_rank, width // ctx.tp_size)
     gate_up_name, down_name = f"{prefix}gate_up_proj", f"{prefix}down_proj"
-    all_hidden = slice(0, hidden)
-    local_width = share.stop - share.start
+    all_hidden = range(0, hidden)
+    local_width = len(share)
     size = local_width * hidden  # elements of one expert's gate, up or down
     gate_up, down = [], []
     if gate_up_name in tensors:  # transformers' `save_original_format=False`
@@ -184,10 +184,10 @@ def _experts(
         for place, expert in enumerate(experts):
             for half in range(2):
                 first = (2 * expert + half) * width
-                rows = slice(first + share.start, first + share.stop)
+                rows = range(first + share.start, first + share.stop)
                 start = (2 * place + half) * size
                 gate_up.append(Piece(gate_up_name, gate_up_shape, rows, all_hidden, start))
-            rows = slice(expert * hidden, (expert + 1) * hidden)
+            rows = range(expert * hidden, (expert + 1) * hidden)
             down.append(Piece(down_name, down_shape, rows, share, place * size))
     else:
         by_rows, by_columns = (width, hidden), (hidden, width)
@@ -202,9 +202,5 @@ def _experts(
     yield Parameter(down_name, (len(experts), hidden, local_width), tuple(down))
 
 
-def _share(rank: int, size: int) -> slice:
-    return slice(rank * size, (rank + 1) * size)
-
-
-def _as_slice(numbers: range) -> slice:
-    return slice(numbers.start, numbers.stop)
+def _share(rank: int, size: int) -> range:
+    return range(rank * size, (rank + 1) * size)

@@ -30,14 +30,14 @@ from qwen3cp.weights.index import (
     first_of,
 )
 from qwen3cp.weights.layout import Parameter, is_ignored, parameter_layout
+from qwen3cp.weights.manifest import MANIFEST_FILE, ShardManifest, whole_parameter
 from qwen3cp.weights.quantised import FP8, FP8_SCALE, block_size_of, check_forms, check_scale
 from qwen3cp.weights.reader import LoadReport, OpenFiles, Task, tasks_of
-from qwen3cp.weights.shards import MANIFEST_FILE, ShardManifest
 
 if TYPE_CHECKING:
     from qwen3cp.model import CPQwen3MoeForCausalLM
 
-__all__ = ["Checkpoint", "load_pretrained"]
+__all__ = ["Checkpoint", "config_of", "load_pretrained", "read_json", "resolve_dtype"]
 
 logger = logging.getLogger("qwen3cp")
 
@@ -70,16 +70,15 @@ class Checkpoint:
             config: instead of the folder's.
         """
         path = folder / CONFIG_FILE
-        values = {} if config is not None and not path.is_file() else _read_json(path)
+        values = {} if config is not None and not path.is_file() else read_json(path)
         block = block_size_of(values, path)
-        config = _config_of(values, path) if config is None else copy.deepcopy(config)
+        config = config_of(values, path) if config is None else copy.deepcopy(config)
         config.__dict__.pop("quantization_config", None)  # parameters are not quantised
         check_supported(config, ctx)
         if (folder / MANIFEST_FILE).is_file():
             manifest = ShardManifest.read(folder)
-            manifest.check(folder, ctx)
-            index = manifest.index_of(folder, ctx.rank)
-            layout = [ShardManifest.whole(p) for p in parameter_layout(config, ctx)]
+            index = manifest.index_of(ctx)
+            layout = [whole_parameter(p) for p in parameter_layout(config, ctx)]
             checkpoint = cls(config, index, None, layout, manifest)
         else:
             index = CheckpointIndex.read(folder)
@@ -163,9 +162,16 @@ def load_pretrained(
     targets: dict[str, torch.Tensor] = dict(model.named_parameters())
     layout = checkpoint.layout
     _check_cover(layout, targets)
-    owners = _owners(layout, ctx, dtype) if share_reads and ctx.cp_size > 1 else {}
+    owners = _owners(layout, ctx) if share_reads and ctx.cp_size > 1 else {}
     mine = [p for p in layout if owners.get(p.name, ctx.cp_rank) == ctx.cp_rank]
     bytes_read = _read(checkpoint, mine, targets, ctx, progress)
+    error = None
+    try:
+        if checkpoint.manifest is not None:
+            checkpoint.manifest.check_tensors(checkpoint.index, mine, targets)
+    except CheckpointError as caught:
+        error = caught
+    collectives.fail_together(ctx, error)
     bytes_received = 0
     for name, owner in owners.items():
         collectives.pass_on(targets[name], ctx, owner)
@@ -198,7 +204,7 @@ def resolve_dtype(dtype: torch.dtype | str, config: Qwen3MoeConfig) -> torch.dty
     return dtype
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -210,7 +216,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def _config_of(values: dict[str, Any], path: Path) -> Qwen3MoeConfig:
+def config_of(values: dict[str, Any], path: Path) -> Qwen3MoeConfig:
     if values.get("model_type") != "qwen3_moe":
         raise UnsupportedConfigError(
             f"{path} is of model_type {values.get('model_type')!r}; only 'qwen3_moe' can be loaded"
@@ -236,15 +242,21 @@ def _build(
     config.dtype = dtype
     with init_empty_weights():
         model = model_class(config, parallel_context=ctx)
-    for module in model.modules():
-        _allocate(module, dtype, device)
+    meta: dict[nn.Module, dict[str, nn.Parameter]] = {
+        module: dict(module.named_parameters(recurse=False)) for module in model.modules()
+    }
+    for layer in model.model.layers:  # one storage, so that one product can make both
+        key, value = layer.self_attn.k_proj, layer.self_attn.v_proj
+        width, hidden = key.weight.shape
+        joined = torch.empty(2 * width, hidden, dtype=dtype, device=device)
+        for module, half in zip((key, value), joined.chunk(2), strict=True):
+            module.weight = nn.Parameter(half, requires_grad=False)
+            del meta[module]["weight"]
+    for module, parameters in meta.items():
+        for name, parameter in parameters.items():
+            empty = torch.empty(parameter.shape, dtype=dtype, device=device)
+            setattr(module, name, nn.Parameter(empty, requires_grad=False))
     return model
-
-
-def _allocate(module: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
-    for name, parameter in module.named_parameters(recurse=False):
-        empty = torch.empty(parameter.shape, dtype=dtype, device=device)
-        setattr(module, name, nn.Parameter(empty, requires_grad=False))
 
 
 def _check_cover(layout: list[Parameter], targets: dict[str, torch.Tensor]) -> None:
@@ -257,8 +269,8 @@ def _check_cover(layout: list[Parameter], targets: dict[str, torch.Tensor]) -> N
         assert sum(piece.numel for piece in parameter.pieces) == parameter.numel, parameter.name
 
 
-def _owners(layout: list[Parameter], ctx: ParallelContext, dtype: torch.dtype) -> dict[str, int]:
-    """The CP rank that reads each parameter that all CP ranks hold, by bytes evenly."""
+def _owners(layout: list[Parameter], ctx: ParallelContext) -> dict[str, int]:
+    """The CP rank that reads each parameter that all CP ranks hold, evenly by size."""
     owners, loads = {}, [0] * ctx.cp_size
     for parameter in layout:
         per_rank = parameter.name == "lm_head.weight" or (
@@ -266,7 +278,7 @@ def _owners(layout: list[Parameter], ctx: ParallelContext, dtype: torch.dtype) -
         )
         if not per_rank and parameter.numel:
             owners[parameter.name] = owner = loads.index(min(loads))
-            loads[owner] += parameter.numel * dtype.itemsize
+            loads[owner] += parameter.numel
     return owners
 
 

@@ -153,7 +153,7 @@ def _cut(copy: Copy) -> Iterator[Copy]:
     piece, size = copy.piece, copy.stored.dtype.itemsize
     step = max(1, TASK_BYTES // (piece.num_columns * size))
     for first in range(0, piece.num_rows, step):
-        rows = slice(
+        rows = range(
             piece.rows.start + first, min(piece.rows.start + first + step, piece.rows.stop)
         )
         start = piece.start + first * piece.num_columns

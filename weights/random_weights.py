@@ -11,22 +11,40 @@ import numpy as np
 import torch
 from transformers import Qwen3MoeConfig
 
+from qwen3cp.config import check_supported
 from qwen3cp.errors import InputError
+from qwen3cp.parallel import ParallelContext
 from qwen3cp.weights.folder import new_folder
+from qwen3cp.weights.index import CONFIG_FILE, find_config
+from qwen3cp.weights.loader import config_of, read_json, resolve_dtype
 from qwen3cp.weights.safetensors_file import SafetensorsWriter
 from qwen3cp.weights.whole import DEFAULT_SHARD_SIZE, WholeCheckpoint
 
-__all__ = ["make_random"]
+__all__ = ["make_random", "read_config"]
 
 CHUNK = 4 << 20
 """Elements that are made at a time."""
+
+
+def read_config(name_or_path: str) -> Qwen3MoeConfig:
+    """Of a config.json, a folder that has one, or a hub repository.
+
+    Raises:
+        CheckpointError, UnsupportedConfigError
+    """
+    path = Path(name_or_path)
+    if path.is_dir():
+        path = path / CONFIG_FILE
+    elif not path.is_file():
+        path = find_config(name_or_path)
+    return config_of(read_json(path), path)
 
 
 def make_random(
     config: Qwen3MoeConfig,
     folder: Path,
     *,
-    dtype: torch.dtype,
+    dtype: torch.dtype | str = torch.bfloat16,
     seed: int = 0,
     max_shard_size: int | str = DEFAULT_SHARD_SIZE,
 ) -> WholeCheckpoint:
@@ -39,6 +57,8 @@ def make_random(
         InputError: the folder exists and is not empty.
         CheckpointError: the disk is full.
     """
+    check_supported(config, ParallelContext.single())
+    dtype = resolve_dtype(dtype, config)
     if dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise InputError(f"dtype must be bfloat16, float16 or float32, got {dtype}")
     plan = WholeCheckpoint.plan(config, dtype, max_shard_size)
