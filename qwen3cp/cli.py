@@ -9,11 +9,12 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -684,6 +685,102 @@ def _configure_logging() -> None:
     logger.handlers[:] = [handler]
     if not known:
         logger.warning(f"QWEN3CP_LOG_LEVEL={level} is no log level; INFO is used")
+
+
+# --------------------------------------------------------------------------------------- weights
+
+
+@app.command()
+def check(
+    model: Annotated[str, typer.Argument(help="Checkpoint folder, or a hub id that is cached.")],
+    cp: Annotated[int, typer.Option(help="Context-parallel ranks.")] = 1,
+    tp: Annotated[int, typer.Option(help="Tensor-parallel ranks.")] = 1,
+    moe: Annotated[
+        str, typer.Option(help="Experts: cut over TP (tp), or spread whole (ep).")
+    ] = "tp",
+    dtype: Annotated[str, typer.Option(help="auto, bfloat16 or float32.")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document.")] = False,
+) -> None:
+    """Tell whether a checkpoint is whole, what each rank will read, and how much memory it takes.
+
+    Reads the headers, no tensor. Ends with 2 and the first thing that is wrong.
+    """
+    from qwen3cp.weights import check
+
+    with _reported():
+        report = check(model, cp_size=cp, tp_size=tp, moe=_moe(moe), dtype=dtype)
+        if as_json:
+            print(json.dumps(asdict(report), indent=2))
+            return
+        print(
+            f"{model} is whole: {report.form}, {report.num_tensors} tensors in "
+            f"{report.num_files} files, {report.num_bytes / 1e9:.3f} GB of "
+            f"{', '.join(report.dtypes)}"
+        )
+        print(f"cp={cp} tp={tp} moe={moe}, parameters in {report.dtype}; GB, on each rank:")
+        print("rank    cp    tp  files     reads  with gaps    memory  parameters")
+        for rank in report.ranks:
+            print(
+                f"{rank.rank:4}  {rank.cp_rank:4}  {rank.tp_rank:4}  {rank.num_files:5}  "
+                f"{rank.bytes_to_read / 1e9:8.3f}  {rank.bytes_spanned / 1e9:9.3f}  "
+                f"{rank.parameter_bytes / 1e9:8.3f}  {rank.num_parameters:10}"
+            )
+
+
+@app.command()
+def shard(
+    model: Annotated[str, typer.Argument(help="Checkpoint folder, or Hugging Face hub id.")],
+    out: Annotated[Path, typer.Argument(help="Folder to make.")],
+    cp: Annotated[int, typer.Option(help="Context-parallel ranks.")] = 1,
+    tp: Annotated[int, typer.Option(help="Tensor-parallel ranks.")] = 1,
+    moe: Annotated[
+        str, typer.Option(help="Experts: cut over TP (tp), or spread whole (ep).")
+    ] = "tp",
+    dtype: Annotated[str, typer.Option(help="auto, bfloat16 or float32.")] = "auto",
+) -> None:
+    """Cut a checkpoint for the ranks of one topology, so that they load it without cutting."""
+    from qwen3cp.weights import shard
+
+    with _reported():
+        manifest = shard(model, out, cp_size=cp, tp_size=tp, moe=_moe(moe), dtype=dtype)
+        print(f"{out}: {len(manifest.files)} files for cp={cp} tp={tp} moe={moe}")
+
+
+@app.command()
+def make_random(
+    config: Annotated[str, typer.Argument(help="config.json, a folder with one, or a hub id.")],
+    out: Annotated[Path, typer.Argument(help="Folder to make.")],
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    seed: Annotated[int, typer.Option(help="Of the values.")] = 0,
+    max_shard_size: Annotated[str, typer.Option(help="Of a file.")] = "5GB",
+) -> None:
+    """Write a checkpoint of any Qwen3-MoE config with random weights, file by file."""
+    from qwen3cp.weights import make_random, read_config
+
+    with _reported():
+        plan = make_random(
+            read_config(config), out, dtype=dtype, seed=seed, max_shard_size=max_shard_size
+        )
+        print(f"{out}: {plan.numel} parameters, {plan.num_bytes / 1e9:.3f} GB")
+
+
+@contextmanager
+def _reported() -> Iterator[None]:
+    """Ends the command with `error: ...` on stderr and its exit code, if the block fails."""
+    _configure_logging()
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+    except Exception as error:
+        report_error(error)
+        raise typer.Exit(exit_code_of(error)) from None
+
+
+def _moe(name: str) -> Literal["tp", "ep"]:
+    if name not in ("tp", "ep"):
+        raise ParallelConfigError(f"--moe must be tp or ep, got {name!r}")
+    return name
 
 
 if __name__ == "__main__":

@@ -10,7 +10,15 @@ from transformers import Qwen3MoeConfig
 from qwen3cp.errors import ParallelConfigError, UnsupportedConfigError
 from qwen3cp.parallel import ParallelContext, div_even
 
-__all__ = ["check_dtype", "check_supported", "head_dim_of", "local_config", "max_length_of"]
+__all__ = [
+    "check_dtype",
+    "check_supported",
+    "head_dim_of",
+    "local_config",
+    "local_experts",
+    "local_vocabulary",
+    "max_length_of",
+]
 
 HEAD_DIMS = (64, 128)
 """What the attention operator takes in the TND layout with pages."""
@@ -123,7 +131,8 @@ def check_dtype(dtype: torch.dtype, device: torch.device) -> None:
 def local_config(config: Qwen3MoeConfig, ctx: ParallelContext) -> Qwen3MoeConfig:
     """The config of what one TP rank holds of each layer: its heads and its widths.
 
-    With more ranks than KV heads, neighbouring ranks hold the same KV head.
+    With more ranks than KV heads, neighbouring ranks hold the same KV head. With moe="ep" experts
+    keep their width, and num_experts stays that of the model: `local_experts` says which are here.
     """
     tp = ctx.tp_size
     num_kv_heads = config.num_key_value_heads
@@ -136,12 +145,29 @@ def local_config(config: Qwen3MoeConfig, ctx: ParallelContext) -> Qwen3MoeConfig
     local.head_dim = head_dim_of(config)
     local.num_attention_heads = div_even(config.num_attention_heads, tp, "num_attention_heads")
     local.num_key_value_heads = local_kv_heads
-    local.moe_intermediate_size = div_even(
-        config.moe_intermediate_size, tp, "moe_intermediate_size"
-    )
+    if ctx.moe == "tp":
+        local.moe_intermediate_size = div_even(
+            config.moe_intermediate_size, tp, "moe_intermediate_size"
+        )
     if has_dense_layer(config):
         local.intermediate_size = div_even(config.intermediate_size, tp, "intermediate_size")
     return local
+
+
+def local_experts(num_experts: int, rank: int, world_size: int) -> range:
+    """The experts of a rank with moe="ep": contiguous, and numbers that differ by at most one.
+
+    5 experts on 2 ranks: 0-1 and 2-4. With more ranks than experts some have none.
+    """
+    return range(rank * num_experts // world_size, (rank + 1) * num_experts // world_size)
+
+
+def local_vocabulary(config: Qwen3MoeConfig, ctx: ParallelContext) -> range:
+    """The token ids whose rows of lm_head a rank holds: ceil(vocabulary / ranks), fewer or none on
+    the last ranks."""
+    shard = -(-config.vocab_size // ctx.world_size)
+    start = min(ctx.rank * shard, config.vocab_size)
+    return range(start, min(start + shard, config.vocab_size))
 
 
 def is_sparse(config: Qwen3MoeConfig, layer: int) -> bool:
@@ -154,4 +180,6 @@ def is_sparse(config: Qwen3MoeConfig, layer: int) -> bool:
 
 
 def has_dense_layer(config: Qwen3MoeConfig) -> bool:
+    if not config.mlp_only_layers and config.decoder_sparse_step == 1:
+        return config.num_experts == 0
     return not all(is_sparse(config, layer) for layer in range(config.num_hidden_layers))

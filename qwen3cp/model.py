@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -34,12 +35,21 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import (
 
 from qwen3cp import collectives
 from qwen3cp.batch import PaddedBatch, device_ids, host_ids
-from qwen3cp.config import check_supported, head_dim_of, local_config, max_length_of
+from qwen3cp.config import (
+    check_supported,
+    head_dim_of,
+    local_config,
+    local_vocabulary,
+    max_length_of,
+)
 from qwen3cp.decoder import CPQwen3MoeDecoderLayer, add_norm
-from qwen3cp.errors import InputError, UnsupportedConfigError
+from qwen3cp.errors import InputError
 from qwen3cp.kv_cache import DEFAULT_PAGE_SIZE, PagedCacheAdapter, PagedKVCache, Sequence
 from qwen3cp.parallel import ForwardPhase, ParallelContext, default_device
 from qwen3cp.plan import ForwardPlan
+
+if TYPE_CHECKING:
+    from qwen3cp.weights import LoadReport
 
 __all__ = ["CPQwen3MoeForCausalLM", "CPQwen3MoeModel", "register_auto"]
 
@@ -427,6 +437,8 @@ class CPQwen3MoeForCausalLM(Qwen3MoeForCausalLM):
         self.parallel_context = ctx
         self.model = CPQwen3MoeModel(config, parallel_context=ctx)
         self.vocab_size = config.vocab_size
+        self.load_report: LoadReport | None = None
+        """What `from_pretrained` read on this rank."""
         self.lm_head = nn.Linear(config.hidden_size, len(self.local_vocabulary), bias=False)
         self.num_experts = config.num_experts
         self.num_experts_per_tok = config.num_experts_per_tok
@@ -435,9 +447,7 @@ class CPQwen3MoeForCausalLM(Qwen3MoeForCausalLM):
     @property
     def local_vocabulary(self) -> range:
         """The token ids whose logits this rank computes; may be empty on the last ranks."""
-        shard = self._vocabulary_shard
-        start = min(self.parallel_context.rank * shard, self.config.vocab_size)
-        return range(start, min(start + shard, self.config.vocab_size))
+        return local_vocabulary(self.config, self.parallel_context)
 
     @property
     def _vocabulary_shard(self) -> int:
@@ -461,6 +471,8 @@ class CPQwen3MoeForCausalLM(Qwen3MoeForCausalLM):
         dtype: torch.dtype | str = "auto",
         device: torch.device | str | None = None,
         config: Qwen3MoeConfig | None = None,
+        share_reads: bool = False,
+        progress: bool | None = None,
         **hub_kwargs: Any,
     ) -> CPQwen3MoeForCausalLM:
         """Loads this rank's part of a checkpoint; reads only the slices that it holds.
@@ -474,6 +486,10 @@ class CPQwen3MoeForCausalLM(Qwen3MoeForCausalLM):
                 bfloat16 on a CPU, bfloat16 on an NPU.
             device: None is the current NPU where there is one, else the CPU.
             config: instead of the checkpoint's config.json.
+            share_reads: each CP rank reads a part of what all CP ranks hold, and passes it on to
+                the others. Faster where files are slower than the links between the ranks, such as
+                a disk of the network; ranks of one machine share what the system has cached.
+            progress: a bar of bytes and rate on rank 0's stderr; None shows it on a terminal.
             hub_kwargs: revision, token, cache_dir, local_files_only, for a hub id.
 
         Raises:
@@ -481,31 +497,48 @@ class CPQwen3MoeForCausalLM(Qwen3MoeForCausalLM):
         """
         from qwen3cp.weights import load_pretrained
 
-        ctx = ParallelContext.single() if parallel_context is None else parallel_context
-        model, error = None, None
-        try:
-            model = load_pretrained(
-                cls,
-                os.fspath(pretrained_model_name_or_path),
-                ctx,
-                dtype=dtype,
-                device=default_device() if device is None else torch.device(device),
-                config=config,
-                # AutoModelForCausalLM passes all of its options, most of them unset
-                hub_kwargs={name: value for name, value in hub_kwargs.items() if value},
-            )
-        except Exception as caught:  # the other ranks have to hear of it, whatever it is
-            error = caught
-        collectives.agree(ctx, error)
-        assert model is not None
-        return model
-
-    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """Not available: parameters are one rank's shards, which nobody else could load."""
-        raise UnsupportedConfigError(
-            "save_pretrained would write this rank's shards only; the checkpoint that was loaded "
-            "is unchanged, copy that"
+        return load_pretrained(
+            cls,
+            os.fspath(pretrained_model_name_or_path),
+            ParallelContext.single() if parallel_context is None else parallel_context,
+            dtype=dtype,
+            device=default_device() if device is None else torch.device(device),
+            config=config,
+            share_reads=share_reads,
+            progress=progress,
+            # AutoModelForCausalLM passes all of its options, most of them unset
+            hub_kwargs={name: value for name, value in hub_kwargs.items() if value},
         )
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        *,
+        max_shard_size: int | str = "5GB",
+        **refused: Any,
+    ) -> None:
+        """Writes the whole model as one checkpoint, which transformers loads bit for bit, too.
+
+        Collective over the replica: every rank must call it. Rank 0 writes, and is sent the other
+        ranks' parts one by one; replicas other than the first do nothing.
+
+        The folder appears, or changes from the old checkpoint to the new, in one step when all is
+        written; other files in it, such as a tokenizer, stay. If anything fails, it is as it was.
+
+        Args:
+            max_shard_size: of a file, in bytes or such as "5GB".
+            refused: other arguments of transformers' method, which must be unset.
+
+        Raises:
+            InputError: an argument cannot be honoured.
+            CheckpointError: on every rank, if rank 0 cannot write.
+        """
+        from qwen3cp.weights.saver import save_pretrained
+
+        given = sorted(name for name, value in refused.items() if value is not None)
+        if given:
+            raise InputError(f"save_pretrained does not take {', '.join(given)}; leave it out")
+        save_pretrained(self, Path(save_directory), max_shard_size)
 
     def tie_weights(self, *args: Any, **kwargs: Any) -> None:
         """With tied embeddings, makes lm_head.weight this rank's rows of the embedding."""

@@ -11,10 +11,16 @@ from typing import cast
 import torch
 from torch.nn import functional as F
 from transformers import Qwen3MoeConfig
-from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeMLP, Qwen3MoeSparseMoeBlock
+from transformers.models.qwen3_moe.modeling_qwen3_moe import (
+    Qwen3MoeExperts,
+    Qwen3MoeMLP,
+    Qwen3MoeSparseMoeBlock,
+    Qwen3MoeTopKRouter,
+)
 
 from qwen3cp import collectives
-from qwen3cp.config import check_supported, local_config
+from qwen3cp.config import check_supported, local_config, local_experts
+from qwen3cp.errors import UnsupportedConfigError
 from qwen3cp.parallel import ParallelContext, div_even
 
 __all__ = ["CPQwen3MoeMLP", "CPQwen3MoeSparseMoeBlock"]
@@ -55,9 +61,10 @@ class CPQwen3MoeMLP(Qwen3MoeMLP):
 
 
 class CPQwen3MoeSparseMoeBlock(Qwen3MoeSparseMoeBlock):
-    """All experts on every TP rank, each cut: gate_up_proj [E, 2I, H], down_proj [E, H, I].
+    """The experts of this rank, gate_up_proj [E, 2I, H] and down_proj [E, H, I].
 
-    The router, gate.weight [E, H], is whole.
+    With moe="tp" these are all experts, each cut over TP; with "ep" this rank's `local_experts`,
+    each whole. The router, gate.weight [all experts, H], is whole.
     """
 
     def __init__(
@@ -68,13 +75,24 @@ class CPQwen3MoeSparseMoeBlock(Qwen3MoeSparseMoeBlock):
         layer_idx: int | None = None,
     ) -> None:
         check_supported(config, parallel_context)
-        super().__init__(local_config(config, parallel_context))
+        # not transformers' constructor, which would build all experts
+        super(Qwen3MoeSparseMoeBlock, self).__init__()
+        local = local_config(config, parallel_context)
+        self.gate = Qwen3MoeTopKRouter(local)
+        if parallel_context.moe == "ep":
+            ctx = parallel_context
+            local.num_experts = len(local_experts(config.num_experts, ctx.rank, ctx.world_size))
+        self.experts = Qwen3MoeExperts(local)
         self.parallel_context = parallel_context
         self.layer_idx = layer_idx
 
     @torch.no_grad()
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """[T, H] -> [T, H]. Collective over tp_group (one all-reduce)."""
+        if self.parallel_context.moe == "ep":
+            raise UnsupportedConfigError(
+                "moe='ep' can be loaded, not run yet: use moe='tp' for a forward"
+            )
         if hidden.shape[0] == 0:  # and so on every TP rank, which hold the same rows
             return hidden
         weights_Tk, experts_Tk = self._route(hidden)

@@ -133,9 +133,12 @@ class ParallelContext:
     """The replica's cp_size x tp_size ranks, in rank order."""
     host_group: dist.ProcessGroup | None = None
     """The same ranks on a backend for CPU tensors (gloo), for checks on the host."""
-    moe: Literal["tp"] = "tp"
-    """Every expert is cut over TP and replicated over CP."""
+    moe: Literal["tp", "ep"] = "tp"
+    """tp: every expert is cut over TP and replicated over CP. ep: whole experts, divided over all
+    cp x tp ranks."""
     comm: CommConfig = field(default_factory=CommConfig)
+    detached: bool = False
+    """A rank of another topology, without its process groups: see `describe`."""
     phase: ForwardPhase | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
@@ -147,6 +150,8 @@ class ParallelContext:
         _check_moe(self.moe)
         if not isinstance(self.comm, CommConfig):
             raise ParallelConfigError(f"comm must be a CommConfig, got {self.comm!r}")
+        if self.detached:
+            return
         _check_group("cp_group", self.cp_group, self.cp_rank, self.cp_size)
         _check_group("tp_group", self.tp_group, self.tp_rank, self.tp_size)
         _check_group("world_group", self.world_group, self.rank, self.world_size)
@@ -187,6 +192,11 @@ class ParallelContext:
         """Sets `phase` for the block. Forwards do not nest."""
         if not isinstance(phase, ForwardPhase):
             raise ParallelConfigError(f"phase must be a ForwardPhase, got {phase!r}")
+        if self.detached and self.world_size > 1:
+            raise ParallelConfigError(
+                f"this context only describes rank {self.rank} of {self.world_size}: it has no "
+                "process groups, and cannot run a forward; make it with from_world"
+            )
         if self.phase is not None:
             raise ParallelConfigError(
                 f"a {self.phase.value} forward is already in progress on this context; "
@@ -220,13 +230,34 @@ class ParallelContext:
         return cls()
 
     @classmethod
+    def describe(
+        cls, rank: int, *, cp_size: int = 1, tp_size: int = 1, moe: Literal["tp", "ep"] = "tp"
+    ) -> ParallelContext:
+        """A rank of a replica that need not exist: what it holds and reads, without processes.
+
+        It has no groups. A model can be built and loaded with it, but not run.
+        """
+        _check_size("cp_size", cp_size)
+        _check_size("tp_size", tp_size)
+        if not 0 <= rank < cp_size * tp_size:
+            raise ParallelConfigError(f"rank={rank} is not in 0..{cp_size * tp_size - 1}")
+        return cls(
+            cp_rank=rank // tp_size,
+            cp_size=cp_size,
+            tp_rank=rank % tp_size,
+            tp_size=tp_size,
+            moe=moe,
+            detached=True,
+        )
+
+    @classmethod
     def from_world(
         cls,
         cp_size: int = 1,
         tp_size: int = 1,
         dp_size: int = 1,
         *,
-        moe: Literal["tp"] = "tp",
+        moe: Literal["tp", "ep"] = "tp",
         comm: CommConfig | None = None,
         backend: str | None = None,
         timeout: timedelta | float | None = None,
@@ -320,7 +351,7 @@ class ParallelContext:
         tp_group: dist.ProcessGroup | None = None,
         world_group: dist.ProcessGroup | None = None,
         host_group: dist.ProcessGroup | None = None,
-        moe: Literal["tp"] = "tp",
+        moe: Literal["tp", "ep"] = "tp",
         comm: CommConfig | None = None,
     ) -> ParallelContext:
         """Uses groups that the caller made; None stands for one rank. Not collective.
@@ -355,7 +386,7 @@ class ParallelContext:
         *,
         cp: str = "cp",
         tp: str = "tp",
-        moe: Literal["tp"] = "tp",
+        moe: Literal["tp", "ep"] = "tp",
         comm: CommConfig | None = None,
     ) -> ParallelContext:
         """Uses the axes `cp` and `tp` of a mesh (either may be missing: one rank).
@@ -409,8 +440,8 @@ def div_even(total: int, parts: int, what: str) -> int:
 
 
 def _check_moe(moe: str) -> None:
-    if moe != "tp":
-        raise ParallelConfigError(f"moe={moe!r}: only 'tp' is available")
+    if moe not in ("tp", "ep"):
+        raise ParallelConfigError(f"moe must be 'tp' or 'ep', got moe={moe!r}")
 
 
 def _is_integer(value: Any, *, at_least: int) -> bool:

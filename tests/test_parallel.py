@@ -118,7 +118,7 @@ def test_several_ranks_need_a_group(axis):
         ParallelContext(**cast(Any, {f"{axis}_size": 2}))
 
 
-@pytest.mark.parametrize("moe", ["ep", "", None])
+@pytest.mark.parametrize("moe", ["cp", "", None])
 def test_only_known_ways_to_spread_experts(moe):
     with pytest.raises(ParallelConfigError, match="moe="):
         ParallelContext(moe=moe)

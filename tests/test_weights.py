@@ -105,33 +105,21 @@ def test_parameters_are_slices_of_transformers(ranks, source, tmp_path, topology
     run(ranks, topology, compare_parameters, path, whole)
 
 
-def elements_read(cp: int, tp: int, path: Path) -> tuple[int, int]:
-    """(elements that the loader copied out of files, elements of the parameters)"""
-    from qwen3cp.weights import loader
-
-    read = 0
-    copy = loader._copy
-
-    def counting(parameter, piece, file, where) -> None:
-        nonlocal read
-        read += parameter[piece.target].numel()
-        copy(parameter, piece, file, where)
-
-    loader._copy = counting
-    try:
-        model = CPQwen3MoeForCausalLM.from_pretrained(
-            path, parallel_context=context(cp, tp), dtype=torch.float32
-        )
-    finally:
-        loader._copy = copy
-    return read, sum(p.numel() for p in model.parameters())
+def bytes_read(cp: int, tp: int, path: Path) -> tuple[int, int, int]:
+    """(bytes read, bytes of the parameters by the loader's account, and by ours)"""
+    model = CPQwen3MoeForCausalLM.from_pretrained(
+        path, parallel_context=context(cp, tp), dtype=torch.float32
+    )
+    report = model.load_report
+    assert report is not None
+    return report.bytes_read, report.parameter_bytes, sum(p.nbytes for p in model.parameters())
 
 
 def test_a_rank_reads_exactly_its_parameters(ranks, source):
-    results = ranks(4).run(elements_read, 2, 2, source)
-    assert all(read == held for read, held in results)
-    whole = sum(p.numel() for p in Qwen3MoeForCausalLM.from_pretrained(source).parameters())
-    assert all(held < 0.75 * whole for _, held in results)
+    results = ranks(4).run(bytes_read, 2, 2, source)
+    assert all(read == counted == held for read, counted, held in results)
+    whole = sum(p.nbytes for p in Qwen3MoeForCausalLM.from_pretrained(source).parameters())
+    assert all(held < 0.75 * whole for _, _, held in results)
 
 
 def test_tied_head_shares_the_embeddings_storage(tmp_path):

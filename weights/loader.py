@@ -1,29 +1,133 @@
-"""Building a model and filling its parameters, file by file, with a rank's slices."""
+"""Building a model and filling its parameters with a rank's slices."""
 
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
-from collections import defaultdict
+import logging
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import init_empty_weights
-from safetensors import SafetensorError
 from torch import nn
+from tqdm import tqdm
 from transformers import GenerationConfig, Qwen3MoeConfig
 
+from qwen3cp import collectives
 from qwen3cp.config import check_dtype, check_supported
 from qwen3cp.errors import CheckpointError, InputError, UnsupportedConfigError
 from qwen3cp.parallel import ParallelContext
-from qwen3cp.weights.index import CheckpointIndex, find_checkpoint, open_safetensors
-from qwen3cp.weights.layout import Piece, is_ignored, parameter_layout
+from qwen3cp.weights.index import (
+    CONFIG_FILE,
+    GENERATION_FILE,
+    CheckpointIndex,
+    find_checkpoint,
+    first_of,
+)
+from qwen3cp.weights.layout import Parameter, is_ignored, parameter_layout
+from qwen3cp.weights.manifest import MANIFEST_FILE, ShardManifest, whole_parameter
+from qwen3cp.weights.quantised import FP8, FP8_SCALE, block_size_of, check_forms, check_scale
+from qwen3cp.weights.reader import LoadReport, OpenFiles, Task, tasks_of
 
 if TYPE_CHECKING:
     from qwen3cp.model import CPQwen3MoeForCausalLM
 
-__all__ = ["load_pretrained"]
+__all__ = ["Checkpoint", "config_of", "load_pretrained", "read_json", "resolve_dtype"]
+
+logger = logging.getLogger("qwen3cp")
+
+NUM_ROUNDS = 8
+"""Times during reading that the ranks tell one another whether they failed."""
+FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder that can be loaded: its config and its tensors, all accounted for."""
+
+    config: Qwen3MoeConfig
+    index: CheckpointIndex
+    block: tuple[int, int] | None
+    """Of float8 tensors."""
+    layout: list[Parameter]
+    """What the parameters of one rank are made of."""
+    manifest: ShardManifest | None = None
+    """Of a folder that `qwen3cp shard` made."""
+
+    @classmethod
+    def read(
+        cls, folder: Path, ctx: ParallelContext, config: Qwen3MoeConfig | None = None
+    ) -> Checkpoint:
+        """Reads config, index and headers, and checks that the tensors are those of the config.
+
+        Args:
+            ctx: the rank of the layout.
+            config: instead of the folder's.
+        """
+        path = folder / CONFIG_FILE
+        values = {} if config is not None and not path.is_file() else read_json(path)
+        block = block_size_of(values, path)
+        config = config_of(values, path) if config is None else copy.deepcopy(config)
+        config.__dict__.pop("quantization_config", None)  # parameters are not quantised
+        check_supported(config, ctx)
+        if (folder / MANIFEST_FILE).is_file():
+            manifest = ShardManifest.read(folder)
+            index = manifest.index_of(ctx)
+            layout = [whole_parameter(p) for p in parameter_layout(config, ctx)]
+            checkpoint = cls(config, index, None, layout, manifest)
+        else:
+            index = CheckpointIndex.read(folder)
+            layout = parameter_layout(config, ctx, index.tensors)
+            checkpoint = cls(config, index, block, layout)
+        checkpoint._account(ctx)
+        return checkpoint
+
+    def _account(self, ctx: ParallelContext) -> None:
+        """Nothing missing, nothing left over, every shape and dtype right.
+
+        In a checkpoint that is not cut for ranks, all tensors count, also those of other ranks.
+        """
+        index, tensors = self.index, self.index.tensors
+        layout = self.layout
+        if self.manifest is None and ctx.moe == "ep":
+            layout = parameter_layout(self.config, ParallelContext.single(), tensors)
+        shapes = {piece.source: piece.shape for p in layout for piece in p.pieces}
+        scales = {f"{name}{FP8_SCALE}" for name in shapes if _is_fp8(tensors.get(name))}
+        left = sorted(
+            name
+            for name in tensors
+            if name not in shapes and name not in scales and not is_ignored(name, self.config)
+        )
+        check_forms(left, index.folder)
+        missing = sorted(shapes.keys() - tensors.keys())
+        if missing:
+            raise CheckpointError(
+                f"{index.folder} lacks {len(missing)} of {len(shapes)} tensors: {first_of(missing)}"
+            )
+        if left:
+            raise CheckpointError(
+                f"{index.folder} has {len(left)} tensors that this config has no place for: "
+                f"{first_of(left)}"
+            )
+        for name, shape in shapes.items():
+            stored = tensors[name]
+            if stored.shape != shape:
+                raise CheckpointError(
+                    f"{name} in {index.folder / stored.file} has the shape {stored.shape}, the "
+                    f"config says {shape}"
+                )
+            if stored.dtype == FP8:
+                check_scale(name, stored, tensors.get(f"{name}{FP8_SCALE}"), self.block)
+            elif stored.dtype not in FLOAT_DTYPES:
+                raise CheckpointError(
+                    f"{name} in {index.folder / stored.file} is {stored.dtype}; only bfloat16, "
+                    "float16, float32 and float64 tensors load, and block-wise float8_e4m3fn"
+                )
 
 
 def load_pretrained(
@@ -34,50 +138,62 @@ def load_pretrained(
     dtype: torch.dtype | str,
     device: torch.device,
     config: Qwen3MoeConfig | None,
+    share_reads: bool,
+    progress: bool | None,
     hub_kwargs: dict[str, Any],
 ) -> CPQwen3MoeForCausalLM:
-    """`CPQwen3MoeForCausalLM.from_pretrained` of one rank. Not collective."""
-    folder = find_checkpoint(str(name_or_path), hub_kwargs)
-    config = _read_config(folder) if config is None else copy.deepcopy(config)
-    check_supported(config, ctx)
-    dtype = _resolve_dtype(dtype, config)
-    check_dtype(dtype, device)
-    index = CheckpointIndex.read(folder)
+    """`CPQwen3MoeForCausalLM.from_pretrained`. Collective over the replica."""
+    start = time.perf_counter()
+    model = checkpoint = error = None
+    digest = bytes(16)
+    try:
+        folder = find_checkpoint(str(name_or_path), hub_kwargs)
+        checkpoint = Checkpoint.read(folder, ctx, config)
+        dtype = resolve_dtype(dtype, checkpoint.config)
+        check_dtype(dtype, device)
+        model = _build(model_class, checkpoint.config, ctx, dtype, device)
+        same = (checkpoint.config.to_json_string(), str(dtype), device.type, share_reads)
+        digest = hashlib.blake2b(repr(same).encode(), digest_size=16).digest()
+    except Exception as caught:  # the other ranks have to hear of it, whatever it is
+        error = caught
+    collectives.fail_together(ctx, error, digest, "config, dtype, device or share_reads")
+    assert model is not None and checkpoint is not None
 
-    config.dtype = dtype
-    with init_empty_weights():
-        model = model_class(config, parallel_context=ctx)
-    layout = list(parameter_layout(config, ctx, model.local_vocabulary, index.file_of))
-    _account(layout, index, config)
-    _allocate(model, dtype, device)
-    _fill(model, layout, index)
+    targets: dict[str, torch.Tensor] = dict(model.named_parameters())
+    layout = checkpoint.layout
+    _check_cover(layout, targets)
+    owners = _owners(layout, ctx) if share_reads and ctx.cp_size > 1 else {}
+    mine = [p for p in layout if owners.get(p.name, ctx.cp_rank) == ctx.cp_rank]
+    bytes_read = _read(checkpoint, mine, targets, ctx, progress)
+    error = None
+    try:
+        if checkpoint.manifest is not None:
+            checkpoint.manifest.check_tensors(checkpoint.index, mine, targets)
+    except CheckpointError as caught:
+        error = caught
+    collectives.fail_together(ctx, error)
+    bytes_received = 0
+    for name, owner in owners.items():
+        collectives.pass_on(targets[name], ctx, owner)
+        if owner != ctx.cp_rank:
+            bytes_received += targets[name].nbytes
+
     model.tie_weights()
     nn.Module.to(model, device)  # buffers: the rotary frequencies, which stay float32
-    if (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
+    generation = checkpoint.index.folder / GENERATION_FILE
+    if generation.is_file():
+        model.generation_config = GenerationConfig.from_pretrained(generation.parent)
+    model.load_report = LoadReport(
+        bytes_read=bytes_read,
+        bytes_received=bytes_received,
+        parameter_bytes=sum(targets[p.name].nbytes for p in layout),
+        seconds=time.perf_counter() - start,
+    )
     return model.requires_grad_(False).eval()
 
 
-def _read_config(folder: Path) -> Qwen3MoeConfig:
-    path = folder / "config.json"
-    try:
-        values = json.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{folder} has no config.json") from error
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON: {error}") from error
-    if not isinstance(values, dict) or values.get("model_type") != "qwen3_moe":
-        kind = values.get("model_type") if isinstance(values, dict) else type(values).__name__
-        raise UnsupportedConfigError(
-            f"{path} is of model_type {kind!r}; only 'qwen3_moe' can be loaded"
-        )
-    if values.get("quantization_config"):
-        method = values["quantization_config"].get("quant_method")
-        raise UnsupportedConfigError(f"{path} says quantised ({method}); only float tensors load")
-    return Qwen3MoeConfig.from_dict(values)
-
-
-def _resolve_dtype(dtype: torch.dtype | str, config: Qwen3MoeConfig) -> torch.dtype:
+def resolve_dtype(dtype: torch.dtype | str, config: Qwen3MoeConfig) -> torch.dtype:
+    """A dtype, its name, or "auto" for the config's."""
     if dtype == "auto":
         dtype = config.dtype or torch.float32
     if isinstance(dtype, str):
@@ -88,67 +204,125 @@ def _resolve_dtype(dtype: torch.dtype | str, config: Qwen3MoeConfig) -> torch.dt
     return dtype
 
 
-def _account(layout: list[Piece], index: CheckpointIndex, config: Qwen3MoeConfig) -> None:
-    """Nothing missing, nothing left over."""
-    needed = {piece.source for piece in layout}
-    missing = sorted(needed - index.file_of.keys())
-    if missing:
-        raise CheckpointError(
-            f"{index.folder} lacks {len(missing)} of {len(needed)} tensors: {_first(missing)}"
-        )
-    left = (name for name in index.file_of if name not in needed and not is_ignored(name, config))
-    unexpected = sorted(left)
-    if unexpected:
-        raise CheckpointError(
-            f"{index.folder} has {len(unexpected)} tensors that this config has no place for: "
-            f"{_first(unexpected)}"
-        )
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path.parent} has no {path.name}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path} is not a JSON object")
+    return values
 
 
-def _allocate(model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
-    """Replaces the meta parameters by uninitialised ones, once, where they will stay."""
-    for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
+def config_of(values: dict[str, Any], path: Path) -> Qwen3MoeConfig:
+    if values.get("model_type") != "qwen3_moe":
+        raise UnsupportedConfigError(
+            f"{path} is of model_type {values.get('model_type')!r}; only 'qwen3_moe' can be loaded"
+        )
+    try:
+        return Qwen3MoeConfig.from_dict(values)
+    except Exception as error:  # transformers checks the values, with errors of several kinds
+        raise CheckpointError(f"{path} is no Qwen3-MoE config: {error}") from error
+
+
+def _is_fp8(stored: Any) -> bool:
+    return stored is not None and stored.dtype == FP8
+
+
+def _build(
+    model_class: type[CPQwen3MoeForCausalLM],
+    config: Qwen3MoeConfig,
+    ctx: ParallelContext,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> CPQwen3MoeForCausalLM:
+    """The model, with parameters allocated once, where they will stay, and not filled."""
+    config.dtype = dtype
+    with init_empty_weights():
+        model = model_class(config, parallel_context=ctx)
+    meta: dict[nn.Module, dict[str, nn.Parameter]] = {
+        module: dict(module.named_parameters(recurse=False)) for module in model.modules()
+    }
+    for layer in model.model.layers:  # one storage, so that one product can make both
+        key, value = layer.self_attn.k_proj, layer.self_attn.v_proj
+        width, hidden = key.weight.shape
+        joined = torch.empty(2 * width, hidden, dtype=dtype, device=device)
+        for module, half in zip((key, value), joined.chunk(2), strict=True):
+            module.weight = nn.Parameter(half, requires_grad=False)
+            del meta[module]["weight"]
+    for module, parameters in meta.items():
+        for name, parameter in parameters.items():
             empty = torch.empty(parameter.shape, dtype=dtype, device=device)
             setattr(module, name, nn.Parameter(empty, requires_grad=False))
+    return model
 
 
-def _fill(model: nn.Module, layout: list[Piece], index: CheckpointIndex) -> None:
-    parameters = dict(model.named_parameters())
-    by_file: dict[str, list[Piece]] = defaultdict(list)
-    for piece in layout:
-        by_file[index.file_of[piece.source]].append(piece)
-    for name in sorted(by_file):
-        path = index.folder / name
-        with open_safetensors(path) as file:
-            order = {tensor: place for place, tensor in enumerate(file.offset_keys())}
-            absent = sorted({p.source for p in by_file[name]} - order.keys())
-            if absent:
-                raise CheckpointError(f"{path} lacks tensors of the index: {_first(absent)}")
-            for piece in sorted(by_file[name], key=lambda piece: order[piece.source]):
-                try:
-                    _copy(parameters[piece.parameter], piece, file, path)
-                except SafetensorError as error:
-                    raise CheckpointError(f"{piece.source} in {path}: {error}") from error
+def _check_cover(layout: list[Parameter], targets: dict[str, torch.Tensor]) -> None:
+    """The layout is of this model, and fills every element once. Our own invariant."""
+    assert {p.name for p in layout} == targets.keys() - {"lm_head.weight"} | (
+        {"lm_head.weight"} & {p.name for p in layout}
+    )
+    for parameter in layout:
+        assert targets[parameter.name].shape == parameter.shape, parameter.name
+        assert sum(piece.numel for piece in parameter.pieces) == parameter.numel, parameter.name
 
 
-def _copy(parameter: torch.Tensor, piece: Piece, file: Any, path: Path) -> None:
-    """Reads one slice and copies it into place, casting on the way."""
-    source = file.get_slice(piece.source)
-    shape = tuple(source.get_shape())
-    if shape != piece.source_shape:
-        raise CheckpointError(
-            f"{piece.source} in {path} has the shape {shape}, the config says {piece.source_shape}"
+def _owners(layout: list[Parameter], ctx: ParallelContext) -> dict[str, int]:
+    """The CP rank that reads each parameter that all CP ranks hold, evenly by size."""
+    owners, loads = {}, [0] * ctx.cp_size
+    for parameter in layout:
+        per_rank = parameter.name == "lm_head.weight" or (
+            ctx.moe == "ep" and ".experts." in parameter.name
         )
-    values = source[piece.source_slice]
-    if not values.is_floating_point() or values.element_size() < 2:
-        raise CheckpointError(
-            f"{piece.source} in {path} is {values.dtype}; only bfloat16, float16, float32 and "
-            "float64 tensors load"
+        if not per_rank and parameter.numel:
+            owners[parameter.name] = owner = loads.index(min(loads))
+            loads[owner] += parameter.numel
+    return owners
+
+
+def _read(
+    checkpoint: Checkpoint,
+    layout: Iterable[Parameter],
+    targets: dict[str, torch.Tensor],
+    ctx: ParallelContext,
+    progress: bool | None,
+) -> int:
+    """Fills this rank's parameters; returns the bytes read. Collective over the replica."""
+    index, error = checkpoint.index, None
+    rounds: list[list[Task]] = [[] for _ in range(NUM_ROUNDS)]
+    total, start = 0, time.perf_counter()
+    try:
+        tasks = tasks_of(layout, index.tensors, targets)
+        total = sum(task.num_bytes for task in tasks)
+        done = 0
+        for task in tasks:
+            rounds[done * NUM_ROUNDS // total].append(task)
+            done += task.num_bytes
+    except Exception as caught:
+        error = caught
+    with (
+        OpenFiles(index.folder, index.tensors, checkpoint.block) as files,
+        tqdm(
+            total=total,
+            desc="reading weights",
+            unit="B",
+            unit_scale=True,
+            disable=True if ctx.rank or ctx.dp_rank else None if progress is None else not progress,
+        ) as bar,
+    ):
+        for tasks in rounds:
+            try:
+                if error is None:
+                    files.run(tasks, bar.update)
+            except Exception as caught:
+                error = caught
+            collectives.fail_together(ctx, error)
+    seconds = time.perf_counter() - start
+    if ctx.rank == 0:
+        logger.info(
+            f"read {files.bytes_read / 1e9:.3f} GB in {seconds:.2f} s, "
+            f"{files.bytes_read / 1e9 / max(seconds, 1e-9):.2f} GB/s, on rank 0"
         )
-    target = parameter[piece.target]
-    target.copy_(values.view(target.shape))
-
-
-def _first(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+    return files.bytes_read
