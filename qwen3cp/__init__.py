@@ -11,6 +11,7 @@ from qwen3cp.model import CPQwen3MoeForCausalLM, CPQwen3MoeModel, register_auto
 from qwen3cp.moe import CPQwen3MoeMLP, CPQwen3MoeSparseMoeBlock
 from qwen3cp.parallel import CommConfig, ForwardPhase, ParallelContext
 from qwen3cp.plan import AttentionCall, ForwardPlan
+from qwen3cp.routing import ExpertPlacement, record_routing
 from qwen3cp.version import __version__
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "CPQwen3MoeSparseMoeBlock",
     "CommConfig",
     "CommunicationReport",
+    "ExpertPlacement",
     "ForwardPhase",
     "ForwardPlan",
     "PagedCacheAdapter",
@@ -34,6 +36,7 @@ __all__ = [
     "error_report",
     "errors",
     "ops",
+    "record_routing",
     "register_auto",
 ]
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence as Seq
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import torch
 import torch.distributed as dist
@@ -28,6 +28,7 @@ from qwen3cp.errors import CheckpointError, InputError, ParallelConfigError
 from qwen3cp.launch import exit_code_of, is_rank, report_error, start_ranks
 from qwen3cp.model import CPQwen3MoeForCausalLM
 from qwen3cp.parallel import CommConfig, ParallelContext
+from qwen3cp.routing import RoutingLog, record_routing
 from qwen3cp.version import __version__
 
 __all__ = ["app", "main"]
@@ -60,6 +61,8 @@ class RunOptions:
     model: str
     cp: int
     tp: int
+    moe: str
+    exchange: str
     prompts: list[str]
     prompt_file: str | None
     dtype: str
@@ -79,6 +82,7 @@ class RunOptions:
             raise InputError(f"--timeout must be positive, got {self.timeout}")
         if self.dtype not in DTYPES:
             raise InputError(f"--dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        _moe(self.moe)
         if self.int8 not in INT8_FORMS:
             raise InputError(f"--int8 must be one of {', '.join(INT8_FORMS)}, got {self.int8!r}")
         self.comm()
@@ -97,6 +101,7 @@ class RunOptions:
             )
         return CommConfig(
             all_reduce=INT8_FORMS[self.int8],
+            exchange=cast(Any, self.exchange),
             group_size=self.group_size,
             min_bytes=self.min_bytes,
             kv_gather="int8" if self.int8_kv else "exact",
@@ -130,10 +135,16 @@ class GenerateOptions(RunOptions):
     seed: int | None
     chat: bool
     system: str | None
+    stats: bool
+    stats_plot: str | None
+    expert_placement: str | None
+    save_placement: str | None
     as_json: bool
 
     def check(self) -> None:
         super().check()
+        if self.stats_plot is not None:
+            _check_plot("--stats-plot", self.stats_plot)
         for name, value in (("--max-new-tokens", self.max_new_tokens), ("--top-k", self.top_k)):
             if value is not None and value < 1:
                 raise InputError(f"{name} must be positive, got {value}")
@@ -157,12 +168,14 @@ class ReportOptions(RunOptions):
         if self.comm().all_reduce == self.comm().kv_gather == "exact":
             raise InputError("there is nothing to report: pass --int8 or --int8-kv")
         if self.plot is not None:
-            if Path(self.plot).suffix not in PLOT_SUFFIXES:
-                raise InputError(
-                    f"--plot must end in {', '.join(PLOT_SUFFIXES)}, got {self.plot!r}"
-                )
-            if not Path(self.plot).absolute().parent.is_dir():
-                raise InputError(f"--plot {self.plot}: there is no such folder")
+            _check_plot("--plot", self.plot)
+
+
+def _check_plot(option: str, path: str) -> None:
+    if Path(path).suffix not in PLOT_SUFFIXES:
+        raise InputError(f"{option} must end in {', '.join(PLOT_SUFFIXES)}, got {path!r}")
+    if not Path(path).absolute().parent.is_dir():
+        raise InputError(f"{option} {path}: there is no such folder")
 
 
 @app.callback(invoke_without_command=True)
@@ -182,6 +195,12 @@ def root(
 Model = Annotated[str, typer.Argument(help="Checkpoint folder, or Hugging Face hub id.")]
 Cp = Annotated[int, typer.Option(help="Context-parallel ranks.")]
 Tp = Annotated[int, typer.Option(help="Tensor-parallel ranks.")]
+Moe = Annotated[
+    str, typer.Option(help="Experts: cut over TP (tp), or divided over all ranks (ep).")
+]
+Exchange = Annotated[
+    str, typer.Option(help="With --moe ep: auto, all_gather or all_to_all.", metavar="FORM")
+]
 Prompt = Annotated[list[str] | None, typer.Option(help="A prompt; `-` reads stdin. Repeatable.")]
 PromptFile = Annotated[str | None, typer.Option(help="A file that is one prompt; `-` reads stdin.")]
 Dtype = Annotated[str, typer.Option(help="auto, bfloat16 or float32.")]
@@ -209,6 +228,8 @@ def generate(
     model: Model,
     cp: Cp = 1,
     tp: Tp = 1,
+    moe: Moe = "tp",
+    exchange: Exchange = "auto",
     prompt: Prompt = None,
     prompt_file: PromptFile = None,
     max_new_tokens: Annotated[
@@ -230,6 +251,19 @@ def generate(
     min_bytes: MinBytes = None,
     skip_layers: SkipLayers = None,
     timeout: Timeout = None,
+    stats: Annotated[
+        bool, typer.Option("--stats", help="Print how evenly the experts are used, to stderr.")
+    ] = False,
+    stats_plot: Annotated[
+        str | None, typer.Option(help="Draw that: svg, png or pdf.", metavar="FILE")
+    ] = None,
+    expert_placement: Annotated[
+        str | None, typer.Option(help="JSON file that says where each expert is.", metavar="FILE")
+    ] = None,
+    save_placement: Annotated[
+        str | None,
+        typer.Option(help="Write a placement that balances what this run counted.", metavar="FILE"),
+    ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="One JSON document; the prompts run as one batch.")
     ] = False,
@@ -243,6 +277,8 @@ def generate(
         model=model,
         cp=cp,
         tp=tp,
+        moe=moe,
+        exchange=exchange,
         prompts=prompt or [],
         prompt_file=prompt_file,
         max_new_tokens=max_new_tokens,
@@ -259,6 +295,10 @@ def generate(
         min_bytes=min_bytes,
         skip_layers=skip_layers,
         timeout=timeout,
+        stats=stats,
+        stats_plot=stats_plot,
+        expert_placement=expert_placement,
+        save_placement=save_placement,
         as_json=as_json,
     )
     _on_ranks(options, lambda ctx: _generate_all(options, ctx))
@@ -269,6 +309,8 @@ def report_comm(
     model: Model,
     cp: Cp = 1,
     tp: Tp = 2,
+    moe: Moe = "tp",
+    exchange: Exchange = "auto",
     prompt: Prompt = None,
     prompt_file: PromptFile = None,
     dtype: Dtype = "auto",
@@ -295,6 +337,8 @@ def report_comm(
         model=model,
         cp=cp,
         tp=tp,
+        moe=moe,
+        exchange=exchange,
         prompts=prompt or [],
         prompt_file=prompt_file,
         dtype=dtype,
@@ -320,7 +364,11 @@ def _on_ranks(options: RunOptions, run: Callable[[ParallelContext], None]) -> No
             raise typer.Exit(_start_ranks(options))
         starts_group = not dist.is_initialized()
         ctx = ParallelContext.from_world(
-            options.cp, options.tp, comm=options.comm(), timeout=options.timeout
+            options.cp,
+            options.tp,
+            moe=_moe(options.moe),
+            comm=options.comm(),
+            timeout=options.timeout,
         )
         try:
             run(ctx)
@@ -351,14 +399,20 @@ def _start_ranks(options: RunOptions) -> int:
     return start_ranks(options.cp * options.tp, ["-m", "qwen3cp.cli", *sys.argv[1:]])
 
 
-def _load(options: RunOptions, ctx: ParallelContext) -> CPQwen3MoeForCausalLM:
+def _load(
+    options: RunOptions, ctx: ParallelContext, expert_placement: str | None = None
+) -> CPQwen3MoeForCausalLM:
     """Collective over the replica."""
     start = time.perf_counter()
     model = CPQwen3MoeForCausalLM.from_pretrained(
-        options.model, parallel_context=ctx, dtype=options.dtype
+        options.model,
+        parallel_context=ctx,
+        dtype=options.dtype,
+        expert_placement=expert_placement,
     )
+    experts = "" if options.moe == "tp" else f" moe={options.moe}"
     logger.info(
-        f"{options.model}: cp={options.cp} tp={options.tp}, {_name(model.dtype)} on "
+        f"{options.model}: cp={options.cp} tp={options.tp}{experts}, {_name(model.dtype)} on "
         f"{model.device}, loaded in {time.perf_counter() - start:.1f} s"
     )
     return model
@@ -373,17 +427,37 @@ def _generate_all(options: GenerateOptions, ctx: ParallelContext) -> None:
     texts = _apply_chat(tokenizer, prompts, options.system) if options.chat else prompts
     ids = [_tokenize(tokenizer, text, chat=options.chat) for text in texts]
 
-    model = _load(options, ctx)
+    model = _load(options, ctx, options.expert_placement)
     if options.seed is not None:
         torch.manual_seed(options.seed)
     settings = {**sampling, "max_new_tokens": options.max_new_tokens}
-    if options.as_json:
-        answers = _generate_batch(model, tokenizer, ids, settings)
-        if ctx.rank == 0:
-            print(json.dumps(_document(options, model, prompts, answers), indent=2))
-    else:
-        for one in ids:
-            _generate_streaming(model, tokenizer, one, settings)
+    with record_routing() as routing:
+        if options.as_json:
+            answers = _generate_batch(model, tokenizer, ids, settings)
+            if ctx.rank == 0:
+                print(json.dumps(_document(options, model, prompts, answers), indent=2))
+        else:
+            for one in ids:
+                _generate_streaming(model, tokenizer, one, settings)
+    if options.stats or options.stats_plot or options.save_placement:
+        _report_routing(options, model, routing)
+
+
+def _report_routing(
+    options: GenerateOptions, model: CPQwen3MoeForCausalLM, routing: RoutingLog
+) -> None:
+    """Collective over the replica; rank 0 writes."""
+    ctx = model.parallel_context
+    report = routing.report(model)
+    if ctx.rank != 0:
+        return
+    if options.stats:
+        print(report.to_table(), file=sys.stderr)
+    if options.stats_plot is not None:
+        report.plot(options.stats_plot)
+    if options.save_placement is not None:
+        num_layers = model.config.num_hidden_layers
+        report.balanced_placement(num_layers, ctx.world_size).save(options.save_placement)
 
 
 def _report_communication(options: ReportOptions, ctx: ParallelContext) -> None:

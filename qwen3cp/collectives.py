@@ -8,6 +8,7 @@ from the others, broadcast the message on every receiver.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -24,6 +25,7 @@ from qwen3cp.parallel import AllReduceForm, ForwardPhase, ParallelContext, defau
 
 # renamed in torch 2.13, where the old name warns
 _all_gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter_into = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 _all_to_all = dist.all_to_all_single
 
 __all__ = [
@@ -369,13 +371,17 @@ def _two_step(
 
 
 def gather_rows(
-    rows: torch.Tensor, ctx: ParallelContext, *, kind: str = "hidden_states"
+    rows: torch.Tensor,
+    ctx: ParallelContext,
+    *,
+    kind: str = "hidden_states",
+    layer: int | None = None,
 ) -> torch.Tensor:
     """[R, ...] of every CP rank -> [C * R, ...], in rank order.
 
     Collective over cp_group: every rank must call it, with the same R.
     """
-    return _all_gather(rows, ctx.cp_group, ctx.cp_size, kind, ctx)
+    return _all_gather(rows, ctx.cp_group, ctx.cp_size, kind, ctx, layer)
 
 
 def gather_vocabulary(logits: torch.Tensor, ctx: ParallelContext, vocab_size: int) -> torch.Tensor:
@@ -390,12 +396,69 @@ def gather_vocabulary(logits: torch.Tensor, ctx: ParallelContext, vocab_size: in
     return gathered.reshape(num_rows, ctx.world_size * shard)[:, :vocab_size]
 
 
-def gather_ranks(x: torch.Tensor, ctx: ParallelContext) -> torch.Tensor:
+def gather_ranks(
+    x: torch.Tensor, ctx: ParallelContext, kind: str = "check", layer: int | None = None
+) -> torch.Tensor:
     """x of every rank of the replica, of the same shape: [world_size, ...], in rank order.
 
     Collective over world_group.
     """
-    return _all_gather(x[None], ctx.world_group, ctx.world_size, "check", ctx)
+    return _all_gather(x[None], ctx.world_group, ctx.world_size, kind, ctx, layer)
+
+
+def gather_tp(
+    rows: torch.Tensor, ctx: ParallelContext, kind: str, layer: int | None = None
+) -> torch.Tensor:
+    """[n, ...] of every TP rank -> [N * n, ...], in rank order. Collective over tp_group."""
+    return _all_gather(rows, ctx.tp_group, ctx.tp_size, kind, ctx, layer)
+
+
+def all_reduce_world(
+    x: torch.Tensor, ctx: ParallelContext, kind: str, layer: int | None = None
+) -> torch.Tensor:
+    """Sums a contiguous x over all ranks of the replica, in place. Collective over world_group."""
+    if ctx.world_group is None or x.numel() == 0:
+        return x
+    received = all_reduce_bytes("exact", 1, x.numel(), x.element_size(), ctx.world_size)
+    with _named_failure(_record(kind, received, ctx.world_size, ctx, layer)):
+        dist.all_reduce(x, group=ctx.world_group)
+    return x
+
+
+def reduce_scatter_world(
+    x: torch.Tensor, ctx: ParallelContext, kind: str, layer: int | None = None
+) -> torch.Tensor:
+    """The sum over all ranks of [W * n, H], of which each gets its n rows. Collective over
+    world_group."""
+    if ctx.world_group is None:
+        return x
+    share = x.new_empty(len(x) // ctx.world_size, *x.shape[1:])
+    received = (ctx.world_size - 1) * _num_bytes(share)
+    with _named_failure(_record(kind, received, ctx.world_size, ctx, layer)):
+        _reduce_scatter_into(share, x, group=ctx.world_group)
+    return share
+
+
+def all_to_all_rows(
+    rows: torch.Tensor,
+    to_ranks: list[int],
+    from_ranks: list[int],
+    ctx: ParallelContext,
+    kind: str,
+    layer: int | None = None,
+) -> torch.Tensor:
+    """Sends to_ranks[r] of the rows to each rank r in turn, and gets from_ranks[r] of each.
+
+    Collective over world_group: to_ranks[r] on rank q is from_ranks[q] on rank r.
+    """
+    if ctx.world_group is None:
+        return rows
+    received = rows.new_empty(sum(from_ranks), *rows.shape[1:])
+    row_bytes = math.prod(rows.shape[1:]) * rows.element_size()
+    num_bytes = (sum(from_ranks) - from_ranks[ctx.rank]) * row_bytes
+    with _named_failure(_record(kind, num_bytes, ctx.world_size, ctx, layer)):
+        _all_to_all(received, rows.contiguous(), from_ranks, to_ranks, group=ctx.world_group)
+    return received
 
 
 def broadcast(x: torch.Tensor, ctx: ParallelContext) -> torch.Tensor:
@@ -454,14 +517,19 @@ def _report(error: Exception | None) -> tuple[type[Exception], str] | None:
 
 
 def _all_gather(
-    x: torch.Tensor, group: dist.ProcessGroup | None, size: int, kind: str, ctx: ParallelContext
+    x: torch.Tensor,
+    group: dist.ProcessGroup | None,
+    size: int,
+    kind: str,
+    ctx: ParallelContext,
+    layer: int | None = None,
 ) -> torch.Tensor:
     if group is None:
         return x
     gathered = x.new_empty(size * x.shape[0], *x.shape[1:])
     if gathered.numel() == 0:  # on all ranks, since all give the same shape
         return gathered
-    with _named_failure(_record(kind, (size - 1) * _num_bytes(x), size, ctx)):
+    with _named_failure(_record(kind, (size - 1) * _num_bytes(x), size, ctx, layer)):
         _all_gather_into(gathered, x.contiguous(), group=group)
     return gathered
 

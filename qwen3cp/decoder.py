@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Seq
+
 import torch
 from torch import nn
 from transformers import Qwen3MoeConfig
@@ -21,14 +23,26 @@ class CPQwen3MoeDecoderLayer(Qwen3MoeDecoderLayer):
     """A decoder layer that leaves its last addition to the next norm, which the NPU fuses."""
 
     def __init__(
-        self, config: Qwen3MoeConfig, layer_idx: int, *, parallel_context: ParallelContext
+        self,
+        config: Qwen3MoeConfig,
+        layer_idx: int,
+        *,
+        parallel_context: ParallelContext,
+        expert_placement: Seq[int] | None = None,
     ) -> None:
         # not transformers' constructor, which would build the whole layer
         nn.Module.__init__(self)
         self.hidden_size = config.hidden_size
         self.self_attn = CPQwen3MoeAttention(config, layer_idx, parallel_context=parallel_context)
-        mlp = CPQwen3MoeSparseMoeBlock if is_sparse(config, layer_idx) else CPQwen3MoeMLP
-        self.mlp = mlp(config, parallel_context=parallel_context, layer_idx=layer_idx)
+        if is_sparse(config, layer_idx):
+            self.mlp = CPQwen3MoeSparseMoeBlock(
+                config,
+                parallel_context=parallel_context,
+                layer_idx=layer_idx,
+                expert_placement=expert_placement,
+            )
+        else:
+            self.mlp = CPQwen3MoeMLP(config, parallel_context=parallel_context, layer_idx=layer_idx)
         self.input_layernorm = Qwen3MoeRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = Qwen3MoeRMSNorm(config.hidden_size, config.rms_norm_eps)
 
@@ -58,6 +72,8 @@ class CPQwen3MoeDecoderLayer(Qwen3MoeDecoderLayer):
         hidden, residual = add_norm(hidden, residual, self.input_layernorm)
         hidden = self.self_attn(hidden, plan=plan, kv=kv, position_embeddings=position_embeddings)
         hidden, residual = add_norm(hidden, residual, self.post_attention_layernorm)
+        if isinstance(self.mlp, CPQwen3MoeSparseMoeBlock):
+            return self.mlp(hidden, plan=plan), residual
         return self.mlp(hidden), residual
 
 

@@ -47,6 +47,7 @@ from qwen3cp.errors import InputError
 from qwen3cp.kv_cache import DEFAULT_PAGE_SIZE, PagedCacheAdapter, PagedKVCache, Sequence
 from qwen3cp.parallel import ForwardPhase, ParallelContext, default_device
 from qwen3cp.plan import ForwardPlan
+from qwen3cp.routing import ExpertPlacement, Placement
 
 if TYPE_CHECKING:
     from qwen3cp.weights import LoadReport
@@ -58,7 +59,11 @@ class CPQwen3MoeModel(Qwen3MoeModel):
     """The decoder: embedding (whole on every rank), layers, final norm."""
 
     def __init__(
-        self, config: Qwen3MoeConfig, *, parallel_context: ParallelContext | None = None
+        self,
+        config: Qwen3MoeConfig,
+        *,
+        parallel_context: ParallelContext | None = None,
+        expert_placement: ExpertPlacement | None = None,
     ) -> None:
         ctx = ParallelContext.single() if parallel_context is None else parallel_context
         check_supported(config, ctx)
@@ -69,7 +74,12 @@ class CPQwen3MoeModel(Qwen3MoeModel):
         self.vocab_size = config.vocab_size
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
         self.layers = nn.ModuleList(
-            CPQwen3MoeDecoderLayer(config, index, parallel_context=ctx)
+            CPQwen3MoeDecoderLayer(
+                config,
+                index,
+                parallel_context=ctx,
+                expert_placement=expert_placement.layers[index] if expert_placement else None,
+            )
             for index in range(config.num_hidden_layers)
         )
         self.norm = Qwen3MoeRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -428,14 +438,21 @@ class CPQwen3MoeForCausalLM(Qwen3MoeForCausalLM):
     """
 
     def __init__(
-        self, config: Qwen3MoeConfig, *, parallel_context: ParallelContext | None = None
+        self,
+        config: Qwen3MoeConfig,
+        *,
+        parallel_context: ParallelContext | None = None,
+        expert_placement: Placement = None,
     ) -> None:
         ctx = ParallelContext.single() if parallel_context is None else parallel_context
         check_supported(config, ctx)
         # not transformers' constructor, which would build the whole model
         super(Qwen3MoeForCausalLM, self).__init__(config)
         self.parallel_context = ctx
-        self.model = CPQwen3MoeModel(config, parallel_context=ctx)
+        self.expert_placement = ExpertPlacement.of(expert_placement, config)
+        self.model = CPQwen3MoeModel(
+            config, parallel_context=ctx, expert_placement=self.expert_placement
+        )
         self.vocab_size = config.vocab_size
         self.load_report: LoadReport | None = None
         """What `from_pretrained` read on this rank."""
@@ -471,6 +488,7 @@ class CPQwen3MoeForCausalLM(Qwen3MoeForCausalLM):
         dtype: torch.dtype | str = "auto",
         device: torch.device | str | None = None,
         config: Qwen3MoeConfig | None = None,
+        expert_placement: Placement = None,
         share_reads: bool = False,
         progress: bool | None = None,
         **hub_kwargs: Any,
@@ -486,6 +504,9 @@ class CPQwen3MoeForCausalLM(Qwen3MoeForCausalLM):
                 bfloat16 on a CPU, bfloat16 on an NPU.
             device: None is the current NPU where there is one, else the CPU.
             config: instead of the checkpoint's config.json.
+            expert_placement: which expert is in which place: a permutation of the experts, one for
+                each layer, an `ExpertPlacement`, or its JSON file. With moe="ep" it says which rank
+                has which experts.
             share_reads: each CP rank reads a part of what all CP ranks hold, and passes it on to
                 the others. Faster where files are slower than the links between the ranks, such as
                 a disk of the network; ranks of one machine share what the system has cached.
@@ -504,6 +525,7 @@ class CPQwen3MoeForCausalLM(Qwen3MoeForCausalLM):
             dtype=dtype,
             device=default_device() if device is None else torch.device(device),
             config=config,
+            expert_placement=expert_placement,
             share_reads=share_reads,
             progress=progress,
             # AutoModelForCausalLM passes all of its options, most of them unset

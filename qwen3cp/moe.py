@@ -6,6 +6,7 @@ of an expert's (or the dense MLP's) intermediate size.
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Seq
 from typing import cast
 
 import torch
@@ -20,8 +21,11 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import (
 
 from qwen3cp import collectives
 from qwen3cp.config import check_supported, local_config, local_experts
-from qwen3cp.errors import UnsupportedConfigError
-from qwen3cp.parallel import ParallelContext, div_even
+from qwen3cp.errors import InputError
+from qwen3cp.exchange import exchange
+from qwen3cp.parallel import ForwardPhase, ParallelContext, div_even
+from qwen3cp.plan import ForwardPlan
+from qwen3cp.routing import count_rows
 
 __all__ = ["CPQwen3MoeMLP", "CPQwen3MoeSparseMoeBlock"]
 
@@ -65,6 +69,9 @@ class CPQwen3MoeSparseMoeBlock(Qwen3MoeSparseMoeBlock):
 
     With moe="tp" these are all experts, each cut over TP; with "ep" this rank's `local_experts`,
     each whole. The router, gate.weight [all experts, H], is whole.
+
+    With expert_placement, a layer's of `ExpertPlacement`, expert expert_placement[i] is in the
+    place of expert i; the router's order stays.
     """
 
     def __init__(
@@ -73,59 +80,107 @@ class CPQwen3MoeSparseMoeBlock(Qwen3MoeSparseMoeBlock):
         *,
         parallel_context: ParallelContext,
         layer_idx: int | None = None,
+        expert_placement: Seq[int] | None = None,
     ) -> None:
         check_supported(config, parallel_context)
         # not transformers' constructor, which would build all experts
         super(Qwen3MoeSparseMoeBlock, self).__init__()
-        local = local_config(config, parallel_context)
+        ctx = parallel_context
+        local = local_config(config, ctx)
         self.gate = Qwen3MoeTopKRouter(local)
-        if parallel_context.moe == "ep":
-            ctx = parallel_context
-            local.num_experts = len(local_experts(config.num_experts, ctx.rank, ctx.world_size))
+        self.local_experts = range(config.num_experts)
+        if ctx.moe == "ep":
+            of_ranks = [
+                local_experts(config.num_experts, rank, ctx.world_size)
+                for rank in range(ctx.world_size)
+            ]
+            self.local_experts = of_ranks[ctx.rank]
+            owners = torch.tensor([r for r, each in enumerate(of_ranks) for _ in each])
+            self.register_buffer("owners", owners.int(), persistent=False)
+        slot_of_expert = None
+        if expert_placement is not None:
+            slot_of_expert = torch.tensor(expert_placement).argsort().int()
+        self.register_buffer("slot_of_expert", slot_of_expert, persistent=False)
+        local.num_experts = len(self.local_experts)
         self.experts = Qwen3MoeExperts(local)
-        self.parallel_context = parallel_context
+        self.parallel_context = ctx
         self.layer_idx = layer_idx
 
     @torch.no_grad()
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[T, H] -> [T, H]. Collective over tp_group (one all-reduce)."""
-        if self.parallel_context.moe == "ep":
-            raise UnsupportedConfigError(
-                "moe='ep' can be loaded, not run yet: use moe='tp' for a forward"
-            )
-        if hidden.shape[0] == 0:  # and so on every TP rank, which hold the same rows
-            return hidden
-        weights_Tk, experts_Tk = self._route(hidden)
-        num_experts = self.gate.num_experts
+    def forward(self, hidden: torch.Tensor, *, plan: ForwardPlan | None = None) -> torch.Tensor:
+        """[T, H] -> [T, H].
+
+        With moe="tp", collective over tp_group (one all-reduce). With "ep", over world_group: one
+        all-reduce where every rank has all rows, else an exchange (see `qwen3cp.exchange`).
+
+        Args:
+            plan: of the forward. Needed with "ep" and several CP ranks, which have other rows each
+                in a PREFILL.
+        """
+        ctx = self.parallel_context
+        if ctx.moe == "tp":
+            if hidden.shape[0] == 0:  # and so on every TP rank, which hold the same rows
+                return hidden
+            partial = self._run_experts(hidden, *self._route(hidden))
+            return collectives.all_reduce(partial, ctx, in_place=True, layer=self.layer_idx)
+        if plan is None and ctx.cp_size > 1:
+            raise InputError("moe='ep' with several CP ranks needs the plan: pass plan=...")
+        if plan is None or plan.phase is ForwardPhase.DECODE or ctx.world_size == 1:
+            partial = self._run_experts(hidden, *self._route(hidden))
+            return collectives.all_reduce_world(partial, ctx, "all_reduce", self.layer_idx)
+        return exchange(
+            hidden,
+            self._route,
+            self._run_experts,
+            ctx,
+            padded_rows=plan.padded_rows,
+            num_experts=self.gate.num_experts,
+            top_k=self.gate.top_k,
+            owners=cast(torch.Tensor, self.owners),
+            layer=self.layer_idx,
+        )
+
+    def _run_experts(
+        self, hidden: torch.Tensor, weights_Tk: torch.Tensor, experts_Tk: torch.Tensor
+    ) -> torch.Tensor:
+        """What the experts of this rank make of [T, H]: their weighted sum, [T, H]."""
+        ctx = self.parallel_context
+        first, end = self.local_experts.start, self.local_experts.stop
+        if hidden.shape[0] == 0 or first == end:
+            return torch.zeros_like(hidden)
         rows, row_of_choice, counts, _ = torch.ops.npu.npu_moe_init_routing_v2(
             hidden,
             experts_Tk,
             active_num=experts_Tk.numel(),
-            expert_num=num_experts,
+            expert_num=self.gate.num_experts,
             # The operator's own defaults of these are refused by CANN 8.5, and its default range
             # is that of the first call of the process.
             expert_tokens_num_type=1,
             expert_tokens_num_flag=True,
-            active_expert_range=[0, num_experts],
+            active_expert_range=[first, end],
             quant_mode=-1,
         )
+        count_rows(counts, self.local_experts, self.gate.num_experts, self.layer_idx, ctx)
         experts = self.experts
         gate_up = _grouped_matmul(rows, cast(torch.Tensor, experts.gate_up_proj), counts)
         activated = torch.ops.npu.npu_swiglu(gate_up)
         down = _grouped_matmul(activated, cast(torch.Tensor, experts.down_proj), counts)
-        partial = torch.ops.npu.npu_moe_token_unpermute(down, row_of_choice, weights_Tk)
-        return collectives.all_reduce(
-            partial, self.parallel_context, in_place=True, layer=self.layer_idx
-        )
+        if len(self.local_experts) < self.gate.num_experts:
+            # the choices of other ranks' experts have the index -1, which is not skipped
+            weights_Tk = weights_Tk * (row_of_choice >= 0).view(weights_Tk.shape)
+            row_of_choice = row_of_choice.abs()
+        return torch.ops.npu.npu_moe_token_unpermute(down, row_of_choice, weights_Tk)
 
     def _route(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Weights (float32) and ids (int32) of each token's experts, both [T, k]."""
+        """Weights (float32) and slots (int32) of each token's experts, both [T, k]."""
         logits = F.linear(hidden, self.gate.weight).float()
         weights, experts, _ = torch.ops.npu.npu_moe_gating_top_k_softmax(
             logits, None, self.gate.top_k
         )
         if self.gate.norm_topk_prob:  # the operator does not
             weights = weights / weights.sum(-1, keepdim=True)
+        if self.slot_of_expert is not None:
+            experts = self.slot_of_expert[experts.long()]
         return weights, experts
 
 

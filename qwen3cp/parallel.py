@@ -61,6 +61,10 @@ class CommConfig:
     kv_gather: how keys and values travel between CP ranks. "int8" has a scale for each token and
         head; every rank caches the same rounded values.
     skip_layers: layers whose reductions and gather are exact.
+    exchange: how rows and experts meet in a prefill with moe="ep": "all_gather", "all_to_all", or
+        "auto", see `qwen3cp.exchange`.
+    exchange_rows: how rows travel to the experts; "int8" has a scale for each row. Their way back
+        is exact.
     check_plan: compare, once a forward and on the host, that all ranks run the same plan on the
         same ids with the same settings. It turns a hang or wrong text into an `InputError` on every
         rank.
@@ -74,12 +78,16 @@ class CommConfig:
     min_bytes: int | None = None
     kv_gather: Literal["exact", "int8"] = "exact"
     skip_layers: Collection[int] = ()
+    exchange: Literal["auto", "all_gather", "all_to_all"] = "auto"
+    exchange_rows: Literal["exact", "int8"] = "exact"
     check_plan: bool = True
 
     def __post_init__(self) -> None:
         forms = {
             "all_reduce": ("exact", "auto", "int8_one_shot", "int8_two_step"),
             "kv_gather": ("exact", "int8"),
+            "exchange": ("auto", "all_gather", "all_to_all"),
+            "exchange_rows": ("exact", "int8"),
         }
         for name, allowed in forms.items():
             if getattr(self, name) not in allowed:
