@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import gc
 import hashlib
 import json
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +19,7 @@ from accelerate import init_empty_weights
 from torch import nn
 from tqdm import tqdm
 from transformers import GenerationConfig, Qwen3MoeConfig
+from transformers.initialization import no_init_weights
 
 from qwen3cp import collectives
 from qwen3cp.config import check_dtype, check_supported
@@ -148,10 +151,11 @@ def load_pretrained(
     digest = bytes(16)
     try:
         folder = find_checkpoint(str(name_or_path), hub_kwargs)
-        checkpoint = Checkpoint.read(folder, ctx, config)
-        dtype = resolve_dtype(dtype, checkpoint.config)
-        check_dtype(dtype, device)
-        model = _build(model_class, checkpoint.config, ctx, dtype, device)
+        with _no_garbage_collection():
+            checkpoint = Checkpoint.read(folder, ctx, config)
+            dtype = resolve_dtype(dtype, checkpoint.config)
+            check_dtype(dtype, device)
+            model = _build(model_class, checkpoint.config, ctx, dtype, device)
         same = (checkpoint.config.to_json_string(), str(dtype), device.type, share_reads)
         digest = hashlib.blake2b(repr(same).encode(), digest_size=16).digest()
     except Exception as caught:  # the other ranks have to hear of it, whatever it is
@@ -190,6 +194,19 @@ def load_pretrained(
         seconds=time.perf_counter() - start,
     )
     return model.requires_grad_(False).eval()
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """The plan of a load is some hundred thousand objects, all of which stay: looking for garbage
+    among them, again and again, would take a third of the time of loading many small tensors."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def resolve_dtype(dtype: torch.dtype | str, config: Qwen3MoeConfig) -> torch.dtype:
@@ -240,7 +257,8 @@ def _build(
 ) -> CPQwen3MoeForCausalLM:
     """The model, with parameters allocated once, where they will stay, and not filled."""
     config.dtype = dtype
-    with init_empty_weights():
+    # transformers would draw initial values, which takes its time on the meta device, too
+    with init_empty_weights(), no_init_weights():
         model = model_class(config, parallel_context=ctx)
     meta: dict[nn.Module, dict[str, nn.Parameter]] = {
         module: dict(module.named_parameters(recurse=False)) for module in model.modules()
@@ -294,7 +312,8 @@ def _read(
     rounds: list[list[Task]] = [[] for _ in range(NUM_ROUNDS)]
     total, start = 0, time.perf_counter()
     try:
-        tasks = tasks_of(layout, index.tensors, targets)
+        with _no_garbage_collection():
+            tasks = tasks_of(layout, index.tensors, targets)
         total = sum(task.num_bytes for task in tasks)
         done = 0
         for task in tasks:

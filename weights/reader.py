@@ -11,7 +11,7 @@ import mmap
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor, as_completed, wait
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -220,9 +220,11 @@ class OpenFiles:
     bytes_read: int = 0
     """Bytes that were copied out of files into memory."""
     _files: dict[str, FileReader] = field(default_factory=dict)
+    _pool: ThreadPoolExecutor = field(init=False)
     _stack: ExitStack = field(default_factory=ExitStack)
 
     def __enter__(self) -> OpenFiles:
+        self._pool = self._stack.enter_context(ThreadPoolExecutor(NUM_THREADS, "qwen3cp-read"))
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -248,16 +250,18 @@ class OpenFiles:
             for copy in task.copies:
                 if copy.stored.dtype == FP8:
                     self.open(self.tensors[copy.piece.source + FP8_SCALE].file)
-        pool = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="qwen3cp-read")
+        pending = [self._pool.submit(self._run, task) for task in tasks]
         try:
-            for done in as_completed([pool.submit(self._run, task) for task in tasks]):
+            for done in as_completed(pending):
                 count = done.result()
                 self.bytes_read += count
                 progress(count)
         except OSError as error:
             raise CheckpointError(f"{self.folder} cannot be read: {error}") from error
         finally:
-            pool.shutdown(cancel_futures=True)
+            for future in pending:
+                future.cancel()
+            wait(pending)
 
     def _run(self, task: Task) -> int:
         """In a thread."""
