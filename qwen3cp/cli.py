@@ -11,7 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
@@ -431,7 +431,8 @@ def _generate_all(options: GenerateOptions, ctx: ParallelContext) -> None:
     if options.seed is not None:
         torch.manual_seed(options.seed)
     settings = {**sampling, "max_new_tokens": options.max_new_tokens}
-    with record_routing() as routing:
+    wants_routing = options.stats or options.stats_plot or options.save_placement
+    with record_routing() if wants_routing else nullcontext() as routing:
         if options.as_json:
             answers = _generate_batch(model, tokenizer, ids, settings)
             if ctx.rank == 0:
@@ -439,7 +440,7 @@ def _generate_all(options: GenerateOptions, ctx: ParallelContext) -> None:
         else:
             for one in ids:
                 _generate_streaming(model, tokenizer, one, settings)
-    if options.stats or options.stats_plot or options.save_placement:
+    if routing is not None:
         _report_routing(options, model, routing)
 
 

@@ -74,6 +74,9 @@ class CPQwen3MoeSparseMoeBlock(Qwen3MoeSparseMoeBlock):
     place of expert i; the router's order stays.
     """
 
+    owners: torch.Tensor
+    slot_of_expert: torch.Tensor | None
+
     def __init__(
         self,
         config: Qwen3MoeConfig,
@@ -136,7 +139,7 @@ class CPQwen3MoeSparseMoeBlock(Qwen3MoeSparseMoeBlock):
             padded_rows=plan.padded_rows,
             num_experts=self.gate.num_experts,
             top_k=self.gate.top_k,
-            owners=cast(torch.Tensor, self.owners),
+            owners=self.owners,
             layer=self.layer_idx,
         )
 

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -70,10 +71,10 @@ class ExpertPlacement:
         if isinstance(placement, str | Path):
             placement = cls.load(placement)
         elif not isinstance(placement, ExpertPlacement):
+            given: Any = placement
             try:
-                layers = [list(x) if isinstance(x, Seq) else x for x in placement]
-                nested = any(isinstance(x, list) for x in layers)
-                placement = cls(tuple(layers) if nested else (tuple(layers),) * num_layers)
+                nested = len(given) > 0 and isinstance(given[0], Seq)
+                placement = cls(tuple(given) if nested else (tuple(given),) * num_layers)
             except TypeError as error:
                 raise InputError(f"expert_placement is no permutation: {error}") from error
         sizes = {len(layer) for layer in placement.layers}
@@ -249,9 +250,8 @@ class RoutingReport:
             raise InputError("a plot needs matplotlib: pip install 'qwen3cp[plot]'") from error
         figure = Figure(figsize=(10, 3.5), layout="constrained")
         map_axes, axes = figure.subplots(1, 2)
-        shares = [
-            [n * len(rows) / max(1, sum(rows)) for n in rows] for rows in self.rows_per_expert
-        ]
+        rows = np.asarray(self.rows_per_expert, float)
+        shares = rows / rows.mean(1, keepdims=True).clip(1e-9)
         image = map_axes.imshow(shares, aspect="auto", interpolation="nearest")
         map_axes.set(xlabel="expert", ylabel="layer", title="rows / mean")
         map_axes.set_yticks(range(len(self.layers)), [str(layer) for layer in self.layers])
