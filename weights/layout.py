@@ -7,7 +7,7 @@ loader fills each parameter from its pieces, a saver finds each tensor on disk i
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Sequence
 from typing import NamedTuple
 
 from transformers import Qwen3MoeConfig
@@ -20,6 +20,7 @@ from qwen3cp.config import (
     local_vocabulary,
 )
 from qwen3cp.parallel import ParallelContext
+from qwen3cp.routing import ExpertPlacement
 
 __all__ = ["Parameter", "Piece", "is_ignored", "parameter_layout"]
 
@@ -82,7 +83,10 @@ def is_ignored(name: str, config: Qwen3MoeConfig) -> bool:
 
 
 def parameter_layout(
-    config: Qwen3MoeConfig, ctx: ParallelContext, tensors: Container[str] = ()
+    config: Qwen3MoeConfig,
+    ctx: ParallelContext,
+    tensors: Container[str] = (),
+    placement: ExpertPlacement | None = None,
 ) -> list[Parameter]:
     """Every parameter of a rank, in the model's order. Pure: `ParallelContext.describe` will do.
 
@@ -91,12 +95,16 @@ def parameter_layout(
     Args:
         tensors: the names on disk, which tell the two forms of the experts apart: one tensor per
             expert and projection (Qwen's releases), or one of all experts. Per expert by default.
+        placement: which expert each slot of a layer holds; None is their own order.
     """
-    return list(_parameters(config, ctx, tensors))
+    return list(_parameters(config, ctx, tensors, placement))
 
 
 def _parameters(
-    config: Qwen3MoeConfig, ctx: ParallelContext, tensors: Container[str]
+    config: Qwen3MoeConfig,
+    ctx: ParallelContext,
+    tensors: Container[str],
+    placement: ExpertPlacement | None,
 ) -> Iterator[Parameter]:
     vocab, hidden = config.vocab_size, config.hidden_size
     local = local_config(config, ctx)
@@ -108,7 +116,8 @@ def _parameters(
             yield from _dense(f"{prefix}mlp.", config, ctx)
         else:
             yield _whole(f"{prefix}mlp.gate.weight", (config.num_experts, hidden))
-            yield from _experts(f"{prefix}mlp.experts.", config, ctx, tensors)
+            order = placement.layers[layer] if placement else range(config.num_experts)
+            yield from _experts(f"{prefix}mlp.experts.", config, ctx, tensors, order)
         yield _whole(f"{prefix}input_layernorm.weight", (hidden,))
         yield _whole(f"{prefix}post_attention_layernorm.weight", (hidden,))
     yield _whole("model.norm.weight", (hidden,))
@@ -162,7 +171,11 @@ def _dense(prefix: str, config: Qwen3MoeConfig, ctx: ParallelContext) -> Iterato
 
 
 def _experts(
-    prefix: str, config: Qwen3MoeConfig, ctx: ParallelContext, tensors: Container[str]
+    prefix: str,
+    config: Qwen3MoeConfig,
+    ctx: ParallelContext,
+    tensors: Container[str],
+    order: Sequence[int],
 ) -> Iterator[Parameter]:
     """gate_up_proj [E, 2I, H], gate rows before up rows, and down_proj [E, H, I] of this rank."""
     hidden, width, num_experts = (
@@ -171,9 +184,10 @@ def _experts(
         config.num_experts,
     )
     if ctx.moe == "ep":
-        experts, share = local_experts(num_experts, ctx.rank, ctx.world_size), range(0, width)
+        slots, share = local_experts(num_experts, ctx.rank, ctx.world_size), range(0, width)
     else:
-        experts, share = range(num_experts), _share(ctx.tp_rank, width // ctx.tp_size)
+        slots, share = range(num_experts), _share(ctx.tp_rank, width // ctx.tp_size)
+    experts = [order[slot] for slot in slots]
     gate_up_name, down_name = f"{prefix}gate_up_proj", f"{prefix}down_proj"
     all_hidden = range(0, hidden)
     local_width = len(share)

@@ -25,6 +25,7 @@ from qwen3cp import collectives
 from qwen3cp.config import check_dtype, check_supported
 from qwen3cp.errors import CheckpointError, InputError, UnsupportedConfigError
 from qwen3cp.parallel import ParallelContext
+from qwen3cp.routing import ExpertPlacement, Placement
 from qwen3cp.weights.index import (
     CONFIG_FILE,
     GENERATION_FILE,
@@ -59,12 +60,17 @@ class Checkpoint:
     """Of float8 tensors."""
     layout: list[Parameter]
     """What the parameters of one rank are made of."""
+    placement: ExpertPlacement | None
     manifest: ShardManifest | None = None
     """Of a folder that `qwen3cp shard` made."""
 
     @classmethod
     def read(
-        cls, folder: Path, ctx: ParallelContext, config: Qwen3MoeConfig | None = None
+        cls,
+        folder: Path,
+        ctx: ParallelContext,
+        config: Qwen3MoeConfig | None = None,
+        expert_placement: Placement = None,
     ) -> Checkpoint:
         """Reads config, index and headers, and checks that the tensors are those of the config.
 
@@ -78,15 +84,21 @@ class Checkpoint:
         config = config_of(values, path) if config is None else copy.deepcopy(config)
         config.__dict__.pop("quantization_config", None)  # parameters are not quantised
         check_supported(config, ctx)
+        placement = ExpertPlacement.of(expert_placement, config)
         if (folder / MANIFEST_FILE).is_file():
+            if placement is not None:
+                raise InputError(
+                    f"{folder} was cut for ranks with the experts in their own order: leave out "
+                    "expert_placement, or load the checkpoint that it was cut from"
+                )
             manifest = ShardManifest.read(folder)
             index = manifest.index_of(ctx)
             layout = [whole_parameter(p) for p in parameter_layout(config, ctx)]
-            checkpoint = cls(config, index, None, layout, manifest)
+            checkpoint = cls(config, index, None, layout, None, manifest)
         else:
             index = CheckpointIndex.read(folder)
-            layout = parameter_layout(config, ctx, index.tensors)
-            checkpoint = cls(config, index, block, layout)
+            layout = parameter_layout(config, ctx, index.tensors, placement)
+            checkpoint = cls(config, index, block, layout, placement)
         checkpoint._account(ctx)
         return checkpoint
 
@@ -141,6 +153,7 @@ def load_pretrained(
     dtype: torch.dtype | str,
     device: torch.device,
     config: Qwen3MoeConfig | None,
+    expert_placement: Placement,
     share_reads: bool,
     progress: bool | None,
     hub_kwargs: dict[str, Any],
@@ -152,11 +165,17 @@ def load_pretrained(
     try:
         folder = find_checkpoint(str(name_or_path), hub_kwargs)
         with _no_garbage_collection():
-            checkpoint = Checkpoint.read(folder, ctx, config)
+            checkpoint = Checkpoint.read(folder, ctx, config, expert_placement)
             dtype = resolve_dtype(dtype, checkpoint.config)
             check_dtype(dtype, device)
-            model = _build(model_class, checkpoint.config, ctx, dtype, device)
-        same = (checkpoint.config.to_json_string(), str(dtype), device.type, share_reads)
+            model = _build(model_class, checkpoint, ctx, dtype, device)
+        same = (
+            checkpoint.config.to_json_string(),
+            checkpoint.placement,
+            str(dtype),
+            device.type,
+            share_reads,
+        )
         digest = hashlib.blake2b(repr(same).encode(), digest_size=16).digest()
     except Exception as caught:  # the other ranks have to hear of it, whatever it is
         error = caught
@@ -250,16 +269,17 @@ def _is_fp8(stored: Any) -> bool:
 
 def _build(
     model_class: type[CPQwen3MoeForCausalLM],
-    config: Qwen3MoeConfig,
+    checkpoint: Checkpoint,
     ctx: ParallelContext,
     dtype: torch.dtype,
     device: torch.device,
 ) -> CPQwen3MoeForCausalLM:
     """The model, with parameters allocated once, where they will stay, and not filled."""
+    config = checkpoint.config
     config.dtype = dtype
     # transformers would draw initial values, which takes its time on the meta device, too
     with init_empty_weights(), no_init_weights():
-        model = model_class(config, parallel_context=ctx)
+        model = model_class(config, parallel_context=ctx, expert_placement=checkpoint.placement)
     meta: dict[nn.Module, dict[str, nn.Parameter]] = {
         module: dict(module.named_parameters(recurse=False)) for module in model.modules()
     }

@@ -189,7 +189,8 @@ def _parts_by_source(ctx: ParallelContext, model: CPQwen3MoeForCausalLM) -> dict
     """
     found: dict[str, dict[tuple[int, int], Part]] = defaultdict(dict)
     for each in describe_all(ctx.cp_size, ctx.tp_size, ctx.moe):
-        for parameter in parameter_layout(model.config, each):
+        layout = parameter_layout(model.config, each, placement=model.expert_placement)
+        for parameter in layout:
             for piece in parameter.pieces:
                 if piece.numel:
                     place = (piece.rows.start, piece.columns.start)
