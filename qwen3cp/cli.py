@@ -1,4 +1,4 @@
-"""The command line: `qwen3cp generate`, also as `python -m qwen3cp.cli generate`."""
+"""The command line: `qwen3cp generate` and others, also as `python -m qwen3cp.cli generate`."""
 
 from __future__ import annotations
 
