@@ -61,7 +61,7 @@ def test_readme_shows_the_two_targets():
 
 
 @pytest.mark.parametrize("command", commands())
-def test_command(command, monkeypatch, capfd):
+def test_command(command, tmp_path, monkeypatch, capfd):
     """Runs it; or, where that takes a device or another environment, says what stands in for it."""
     words = shlex.split(command)
     if words[0] == "make":
@@ -89,6 +89,16 @@ def test_command(command, monkeypatch, capfd):
         assert (ended.value.code or 0) == 0, stderr
         assert stdout.count("%,") == 4 * 2  # two reductions in each of four layers
         assert "the likeliest token agrees in" in stdout
+    elif words[:2] in (["qwen3cp", "check"], ["qwen3cp", "shard"], ["qwen3cp", "make-random"]):
+        if words[1] != "check":
+            assert words[3].startswith("/tmp/")
+            words[3] = str(tmp_path / "out")
+        monkeypatch.setattr(sys, "argv", words)
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        stdout, stderr = capfd.readouterr()
+        assert (ended.value.code or 0) == 0, stderr
+        assert stdout.startswith(f"{words[2]} is whole: " if words[1] == "check" else words[3])
     elif words[0] == "torchrun":  # made for 8 NPUs: here 2 CPU ranks, and the bundled checkpoint
         assert words[1:6] == ["--nproc-per-node", "8", "-m", "qwen3cp.cli", "generate"]
         assert words[7:11] == ["--cp", "2", "--tp", "4"]

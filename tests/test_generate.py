@@ -341,14 +341,6 @@ def test_generate_refuses_other_caches_and_empty_rows(checkpoint):
             model.generate(**inputs, max_new_tokens=2, prefill_chunk_size=chunk)
 
 
-def test_save_pretrained_is_refused(checkpoint, tmp_path):
-    from qwen3cp.errors import UnsupportedConfigError
-
-    with pytest.raises(UnsupportedConfigError, match="shards"):
-        load(checkpoint, 1, 1).save_pretrained(tmp_path)
-    assert not list(tmp_path.iterdir())
-
-
 def test_register_auto_is_explicit(checkpoint):
     import subprocess
     import sys

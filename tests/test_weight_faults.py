@@ -18,9 +18,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from qwen3cp import CPQwen3MoeForCausalLM, ParallelContext
+from qwen3cp import CommConfig, CPQwen3MoeForCausalLM, ParallelContext
 from qwen3cp.errors import CheckpointError, CommunicationError, InputError, Qwen3CPError
 from qwen3cp.weights import CheckpointIndex, make_random, shard
+from qwen3cp.weights.reader import FileReader
 from qwen3cp.weights.safetensors_file import read_header
 from tests.models import save_random
 from tests.ranks import Ranks, context
@@ -320,31 +321,24 @@ def test_a_file_that_shrinks_while_it_is_read(source, tmp_path, monkeypatch):
 
 def load_on_ranks(cp: int, tp: int, folders: list[Path], share: bool, how: str) -> tuple:
     """(error, message, seconds) of this rank, which loads its own folder."""
-    ctx = context(cp, tp, **({"timeout": 100} if how == "unchecked" else {}))
+    ctx = context(cp, tp)
     if how == "unchecked":
-        from qwen3cp import CommConfig
-
         ctx = context(cp, tp, comm=CommConfig(check_plan=False))
-    if how == "reading" and ctx.rank == 1:
-        from qwen3cp.weights.reader import FileReader
-
-        whole = FileReader.read_into
-
-        def broken(self, copies):
-            raise CheckpointError("the disk is broken")
-
-        FileReader.read_into = broken
     start = time.monotonic()
     try:
-        CPQwen3MoeForCausalLM.from_pretrained(
-            folders[ctx.rank], parallel_context=ctx, dtype="float32", share_reads=share
-        )
+        with pytest.MonkeyPatch.context() as patch:
+            if how == "reading" and ctx.rank == 1:
+                patch.setattr(FileReader, "read_into", fail_to_read)
+            CPQwen3MoeForCausalLM.from_pretrained(
+                folders[ctx.rank], parallel_context=ctx, dtype="float32", share_reads=share
+            )
     except Qwen3CPError as error:
         return type(error), str(error), time.monotonic() - start
-    finally:
-        if how == "reading" and ctx.rank == 1:
-            FileReader.read_into = whole
     return None, "", time.monotonic() - start
+
+
+def fail_to_read(reader: Any, copies: Any) -> int:
+    raise CheckpointError("the disk is broken")
 
 
 @pytest.mark.parametrize("share", [False, True])
@@ -377,8 +371,6 @@ def test_ranks_that_load_different_models(ranks, source, tmp_path):
 def die_while_loading(cp: int, tp: int, path: Path, share: bool) -> tuple:
     ctx = context(cp, tp)
     if ctx.rank == 1:
-        from qwen3cp.weights.reader import FileReader
-
         FileReader.read_into = lambda self, copies: os._exit(1)
     return load_on_ranks(cp, tp, [path, path], share, "dies")
 
@@ -400,7 +392,7 @@ def test_a_rank_that_dies_while_loading(source, share):
 LOAD_AND_WATCH = """
 import sys, threading, time
 import torch
-from qwen3cp import CPQwen3MoeForCausalLM, ParallelContext
+from qwen3cp import CommConfig, CPQwen3MoeForCausalLM, ParallelContext
 
 def anonymous():
     for line in open("/proc/self/status"):
@@ -429,7 +421,7 @@ def test_memory_while_loading(tmp_path):
     import subprocess
     import sys
 
-    config = Qwen3MoeConfig(
+    sizes: dict[str, Any] = dict(
         vocab_size=32_000,
         hidden_size=2048,
         moe_intermediate_size=768,
@@ -441,7 +433,7 @@ def test_memory_while_loading(tmp_path):
         num_experts_per_tok=8,
     )
     folder = tmp_path / "checkpoint"
-    plan = make_random(config, folder, max_shard_size="1GB")
+    plan = make_random(Qwen3MoeConfig(**sizes), folder, max_shard_size="1GB")
     assert plan.num_bytes > 4e9
     try:
         for tp in (1, 2):

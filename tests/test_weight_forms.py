@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import pytest
 import torch
@@ -272,7 +272,7 @@ def test_experts_are_divided_without_gaps(num_experts, world_size):
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
-FULL_SIZES = {
+FULL_SIZES: dict[str, Any] = {
     "30B": (
         dict(hidden_size=2048, num_hidden_layers=48, num_attention_heads=32),
         dict(intermediate_size=6144, moe_intermediate_size=768),
@@ -292,7 +292,7 @@ FULL_SIZES = {
 @pytest.mark.parametrize("topology", [(1, 1, "tp"), (2, 4, "tp"), (3, 8, "ep")], ids=str)
 def test_full_size_names_and_shapes_on_meta(size, topology):
     one, two, num_tensors, num_parameters = FULL_SIZES[size]
-    config = Qwen3MoeConfig(
+    sizes: dict[str, Any] = dict(
         vocab_size=151936,
         num_key_value_heads=4,
         head_dim=128,
@@ -302,8 +302,9 @@ def test_full_size_names_and_shapes_on_meta(size, topology):
         **one,
         **two,
     )
+    config = Qwen3MoeConfig(**sizes)
     cp, tp, moe = topology
-    covered = 0
+    covered, layout = 0, []
     sources: dict[str, tuple[int, ...]] = {}
     for rank in range(cp * tp):
         ctx = ParallelContext.describe(rank, cp_size=cp, tp_size=tp, moe=moe)
@@ -328,7 +329,7 @@ def test_full_size_names_and_shapes_on_meta(size, topology):
 
 def test_keys_and_values_share_a_storage(source):
     model = CPQwen3MoeForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
-    for layer in model.model.layers:
+    for layer in cast(Any, model.model.layers):
         key, value = layer.self_attn.k_proj.weight, layer.self_attn.v_proj.weight
         assert key.untyped_storage().data_ptr() == value.untyped_storage().data_ptr()
         assert value.data_ptr() == key.data_ptr() + key.nbytes
@@ -355,7 +356,7 @@ def test_whole_experts_need_no_width_that_tp_divides(tmp_path):
         )
     ctx = ParallelContext.describe(0, tp_size=2, moe="ep")
     model = CPQwen3MoeForCausalLM.from_pretrained(path, parallel_context=ctx, dtype="float32")
-    assert model.model.layers[0].mlp.experts.gate_up_proj.shape == (5, 66, 128)
+    assert cast(Any, model.model.layers[0]).mlp.experts.gate_up_proj.shape == (5, 66, 128)
 
 
 # ------------------------------------------------------------------------------ refused forms

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from accelerate import init_empty_weights
@@ -283,7 +283,7 @@ def _build(
     meta: dict[nn.Module, dict[str, nn.Parameter]] = {
         module: dict(module.named_parameters(recurse=False)) for module in model.modules()
     }
-    for layer in model.model.layers:  # one storage, so that one product can make both
+    for layer in cast(Any, model.model.layers):  # one storage, so that one product can make both
         key, value = layer.self_attn.k_proj, layer.self_attn.v_proj
         width, hidden = key.weight.shape
         joined = torch.empty(2 * width, hidden, dtype=dtype, device=device)

@@ -19,8 +19,9 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from typing import Any, Literal
 
-WAYS = {
+WAYS: dict[str, tuple[int, int, Literal["tp", "ep"], bool]] = {
     "transformers": (1, 1, "tp", False),
     "tp=1": (1, 1, "tp", False),
     "tp=2, one rank alone": (1, 2, "tp", False),
@@ -137,7 +138,7 @@ def main() -> None:
 
             from qwen3cp.weights import make_random
 
-            config = Qwen3MoeConfig(
+            sizes: dict[str, Any] = dict(
                 vocab_size=1024,
                 hidden_size=options.hidden,
                 moe_intermediate_size=options.expert_width,
@@ -149,7 +150,7 @@ def main() -> None:
                 num_experts_per_tok=8,
             )
             folder = str(Path(temporary) / "checkpoint")
-            plan = make_random(config, Path(folder), max_shard_size="300MB")
+            plan = make_random(Qwen3MoeConfig(**sizes), Path(folder), max_shard_size="300MB")
             print(f"{plan.num_bytes / 1e9:.3f} GB in {len(plan.files)} files")
         for path in Path(folder).glob("*.safetensors"):
             path.read_bytes()
