@@ -331,7 +331,7 @@ def test_times_of_int8_sums():
 
 
 def test_accuracy_of_int8_communication_is_what_was_measured(monkeypatch):
-    folder = ROOT / "docs" / "measurements"
+    folder = ROOT / "docs" / "benchmarks"
     monkeypatch.syspath_prepend(str(folder))
     module = importlib.import_module("int8_accuracy")
     rows = json.loads((folder / "int8_accuracy.json").read_text())

@@ -1,6 +1,6 @@
 """Answers of the bundled checkpoint with int8 communication, against the same with exact.
 
-    python docs/measurements/int8_accuracy.py [--problems 400] [--output FILE.json]
+    python docs/benchmarks/int8_accuracy.py [--problems 400] [--output FILE.json]
 
 Solves the 400 bundled problems, float32, greedy, on each topology and with each setting, and prints
 how many answers are right and how many differ. Takes most of an hour on two cores. The table of
