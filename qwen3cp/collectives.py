@@ -472,31 +472,49 @@ def broadcast(x: torch.Tensor, ctx: ParallelContext) -> torch.Tensor:
 
 
 def agree(ctx: ParallelContext, error: Exception | None, digest: bytes = bytes(16)) -> None:
+    """`fail_together` before a forward; `CommConfig(check_plan=False)` switches it off.
+
+    Without it, or with one rank, it only raises this rank's error.
+    """
+    if ctx.comm.check_plan:
+        fail_together(ctx, error, digest, "sequences, lengths, ids or settings")
+    elif error is not None:
+        raise error
+
+
+def fail_together(
+    ctx: ParallelContext,
+    error: Exception | None,
+    digest: bytes = bytes(16),
+    what: str = "arguments",
+) -> None:
     """Lets every rank go on, or none: raises where a rank has an error or another digest.
 
-    Collective over host_group, on the host: every rank must call it, also one that has an error.
-    With one rank, or `CommConfig(check_plan=False)`, it only raises this rank's error.
+    Collective over host_group, or world_group if there is none: every rank must call it, also one
+    that has an error.
 
     Args:
         error: what is wrong on this rank, None if nothing is.
-        digest: 16 bytes that must be equal on all ranks.
+        digest: 16 bytes that must be equal on all ranks, of `what`.
 
     Raises:
         This rank's own error; or an error of the type of the first failing rank's, with its
         message; or InputError if the digests differ.
     """
-    if ctx.host_group is None or not ctx.comm.check_plan:
+    group = ctx.host_group or ctx.world_group
+    if group is None:
         if error is not None:
             raise error
         return
-    status = 0 if error is None else 1
-    mine = torch.frombuffer(bytearray(bytes([status]) + digest), dtype=torch.uint8)
-    all_ranks = _all_gather(mine[None], ctx.host_group, ctx.world_size, "check", ctx)
+    mine = torch.frombuffer(bytearray([error is not None, *digest]), dtype=torch.uint8)
+    if torch.device("cpu") not in group._device_types:
+        mine = mine.to(default_device())
+    all_ranks = _all_gather(mine[None], group, ctx.world_size, "check", ctx).cpu()
     failed = all_ranks[:, 0].nonzero().flatten().tolist()
     if failed:
         reports: list[Any] = [None] * ctx.world_size
         with _named_failure("check"):
-            dist.all_gather_object(reports, _report(error), group=ctx.host_group)
+            dist.all_gather_object(reports, _report(error), group=group)
         if error is not None:
             raise error
         error_type, message = reports[failed[0]]
@@ -504,8 +522,8 @@ def agree(ctx: ParallelContext, error: Exception | None, digest: bytes = bytes(1
     different = (all_ranks != all_ranks[0]).any(1).nonzero().flatten().tolist()
     if different:
         raise InputError(
-            f"ranks {different} were given other sequences, lengths, ids or settings than rank 0 "
-            f"(this is rank {ctx.rank}): every rank of a replica must make the same call"
+            f"ranks {different} were given other {what} than rank 0 (this is rank {ctx.rank}): "
+            "every rank of a replica must make the same call"
         )
 
 
@@ -536,6 +554,32 @@ def _all_gather(
 
 def _num_bytes(x: torch.Tensor) -> int:
     return x.numel() * x.element_size()
+
+
+def pass_on(x: torch.Tensor, ctx: ParallelContext, cp_rank: int) -> None:
+    """Overwrites x with that of one CP rank. Collective over cp_group.
+
+    Args:
+        x: contiguous, of the same shape and dtype on every rank.
+    """
+    if ctx.cp_group is None:
+        return
+    received = 0 if ctx.cp_rank == cp_rank else _num_bytes(x)
+    with _named_failure(_record("weights", received, ctx.cp_size, ctx)):
+        dist.broadcast(x.detach().view(-1).view(torch.uint8), group=ctx.cp_group, group_src=cp_rank)
+
+
+def send_to_first(x: torch.Tensor, ctx: ParallelContext) -> None:
+    """Sends a contiguous x to rank 0, which must `receive` it. Waits for that."""
+    with _named_failure(_record("weights", 0, 2, ctx)):
+        dist.send(x.detach().view(-1).view(torch.uint8), group=ctx.world_group, group_dst=0)
+
+
+def receive(x: torch.Tensor, ctx: ParallelContext, rank: int) -> torch.Tensor:
+    """Overwrites a contiguous x with what a rank of the replica sends, and returns it."""
+    with _named_failure(_record("weights", _num_bytes(x), 2, ctx)):
+        dist.recv(x.view(-1).view(torch.uint8), group=ctx.world_group, group_src=rank)
+    return x
 
 
 def _observe(
@@ -579,74 +623,3 @@ def _named_failure(what: str) -> Iterator[None]:
             f"the collective {what} failed: {error}\nAnother rank has probably ended or hangs; "
             "look for the first error among the ranks, and start all of them again"
         ) from error
-
-
-def fail_together(
-    ctx: ParallelContext,
-    error: Exception | None,
-    digest: bytes = bytes(16),
-    what: str = "arguments",
-) -> None:
-    """`agree`, for loading and saving: whatever `CommConfig.check_plan` says.
-
-    Collective over host_group, or world_group if there is none: every rank must call it, also one
-    that has an error.
-
-    Args:
-        error: what is wrong on this rank, None if nothing is.
-        digest: 16 bytes that must be equal on all ranks, of `what`.
-
-    Raises:
-        This rank's own error; or an error of the type of the first failing rank's, with its
-        message; or InputError if the digests differ.
-    """
-    group = ctx.host_group or ctx.world_group
-    if group is None:
-        if error is not None:
-            raise error
-        return
-    mine = torch.frombuffer(bytearray([error is not None, *digest]), dtype=torch.uint8)
-    if torch.device("cpu") not in group._device_types:
-        mine = mine.to(default_device())
-    all_ranks = _all_gather(mine[None], group, ctx.world_size, "check", ctx).cpu()
-    failed = all_ranks[:, 0].nonzero().flatten().tolist()
-    if failed:
-        reports: list[Any] = [None] * ctx.world_size
-        with _named_failure("check"):
-            dist.all_gather_object(reports, _report(error), group=group)
-        if error is not None:
-            raise error
-        error_type, message = reports[failed[0]]
-        raise error_type(f"rank {failed[0]} stopped this call: {message}")
-    different = (all_ranks != all_ranks[0]).any(1).nonzero().flatten().tolist()
-    if different:
-        raise InputError(
-            f"ranks {different} were given another {what} than rank 0 (this is rank {ctx.rank}): "
-            "every rank of a replica must make the same call"
-        )
-
-
-def pass_on(x: torch.Tensor, ctx: ParallelContext, cp_rank: int) -> None:
-    """Overwrites x with that of one CP rank. Collective over cp_group.
-
-    Args:
-        x: contiguous, of the same shape and dtype on every rank.
-    """
-    if ctx.cp_group is None:
-        return
-    received = 0 if ctx.cp_rank == cp_rank else _num_bytes(x)
-    with _named_failure(_record("weights", received, ctx.cp_size, ctx)):
-        dist.broadcast(x.detach().view(-1).view(torch.uint8), group=ctx.cp_group, group_src=cp_rank)
-
-
-def send_to_first(x: torch.Tensor, ctx: ParallelContext) -> None:
-    """Sends a contiguous x to rank 0, which must `receive` it. Waits for that."""
-    with _named_failure(_record("weights", 0, 2, ctx)):
-        dist.send(x.detach().view(-1).view(torch.uint8), group=ctx.world_group, group_dst=0)
-
-
-def receive(x: torch.Tensor, ctx: ParallelContext, rank: int) -> torch.Tensor:
-    """Overwrites a contiguous x with what a rank of the replica sends, and returns it."""
-    with _named_failure(_record("weights", _num_bytes(x), 2, ctx)):
-        dist.recv(x.view(-1).view(torch.uint8), group=ctx.world_group, group_src=rank)
-    return x

@@ -265,6 +265,8 @@ def test_settings_of_the_communication_reach_the_model(run, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (["--moe", "dp"], "--moe must be tp or ep, got 'dp'"),
+        (["--exchange", "ring"], "CommConfig(exchange='ring'): it must be one of auto, all_gather"),
         (["--int8", "half"], "--int8 must be one of exact, auto, one_shot, two_step, got 'half'"),
         (["--group-size", "0"], "group_size must be a positive integer, got 0"),
         (["--min-bytes", "-1"], "min_bytes must be an integer of at least 0, got -1"),
@@ -455,6 +457,26 @@ def test_own_ranks(run):
     assert [a["prompt"] for a in one] == [SHORT, odd]
     assert [a["token_ids"] for a in one] == [a["token_ids"] for a in other]
     assert len(ranks.stderr.splitlines()) == 2  # loading, and timing
+
+
+def test_experts_on_own_ranks(tmp_path):
+    """--stats, a plot and a placement of one run; the placement in another, with the same text."""
+    placement, plot = tmp_path / "placement.json", tmp_path / "routing.png"
+    command = [str(BIN / "qwen3cp"), "generate", MODEL, "--cp", "2", "--moe", "ep", *GREEDY]
+    first = process(
+        *command,
+        *("--prompt", SHORT, "--stats", "--save-placement", str(placement)),
+        *("--stats-plot", str(plot), "--exchange", "all_to_all"),
+    )
+    assert first.code == 0, first.stderr
+    assert "moe=ep" in first.stderr and "busiest rank / mean" in first.stderr
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    orders = json.loads(placement.read_text())["layers"]
+    assert len(orders) == 4 and all(sorted(order) == list(range(16)) for order in orders)
+    second = process(*command, "--prompt", SHORT, "--expert-placement", str(placement))
+    assert second.code == 0, second.stderr
+    assert second.stdout == first.stdout and "#### 72" in first.stdout
+    assert "busiest" not in second.stderr
 
 
 def test_report_on_own_ranks(tmp_path):

@@ -308,6 +308,15 @@ def test_bytes_of_int8_sums():
     assert 131072 // 2 * 2 * 128 * 2 == 32 << 20
 
 
+def test_expert_bytes_of_a_rank():
+    text = (ROOT / "docs" / "expert-parallel.md").read_text()
+    for name, layers, hidden, width in (("30B", 48, 2048, 768), ("235B", 94, 4096, 1536)):
+        ((tp, ep),) = re.findall(rf"^\| Qwen3-{name}-.*? \| ([\d.]+) \| ([\d.]+) \|$", text, re.M)
+        experts = layers * 128 * 3 * hidden * width * 2 / 1e9
+        assert float(tp) == pytest.approx(experts / 2, abs=0.06)
+        assert float(ep) == pytest.approx(experts / 4, abs=0.06)
+
+
 def test_times_of_int8_sums():
     """Of 65,536 rows of 4,096 values, by the formulas of the page."""
     text = (ROOT / "docs" / "int8-communication.md").read_text()

@@ -189,6 +189,24 @@ def test_all_rows_to_the_same_experts(ranks, checkpoints, topology, form):
         assert routing.expert_imbalance == [4, 4]
 
 
+@pytest.mark.parametrize("topology", [(1, 2), (2, 2)], ids=str)
+@pytest.mark.parametrize("form", EXCHANGES)
+def test_with_int8_sums_after_the_attention(ranks, checkpoints, topology, form):
+    """The results of the experts stay exact; the attention's are quantised as with moe="tp"."""
+    comm = CommConfig(exchange=form, all_reduce="int8_two_step")
+    results = run(ranks, topology, three_steps, checkpoints[8], [50, 2], comm)
+    expected = expected_logits(checkpoints[8], [50, 2])
+    for logits, records, _, _ in results:
+        assert np.array_equal(logits, results[0][0])
+        assert 0 < np.linalg.norm(logits - expected) < 0.1 * np.linalg.norm(expected)
+        forms = {(r.kind, r.layer, r.form) for r in records if r.phase is PREFILL}
+        assert {name for name in forms if name[0] == "expert_exchange"} == {
+            ("expert_exchange", 0, "exact"),
+            ("expert_exchange", 2, "exact"),
+        }
+        assert ("all_reduce", 0, "int8_two_step") in forms
+
+
 def generated(cp: int, tp: int, path: Path) -> Any:
     model = load_ep(path, cp, tp)
     (ids,) = random_ids(8, 40, vocab_size=203)

@@ -179,7 +179,9 @@ def load_pretrained(
         digest = hashlib.blake2b(repr(same).encode(), digest_size=16).digest()
     except Exception as caught:  # the other ranks have to hear of it, whatever it is
         error = caught
-    collectives.fail_together(ctx, error, digest, "config, dtype, device or share_reads")
+    collectives.fail_together(
+        ctx, error, digest, "config, dtype, device, expert_placement or share_reads"
+    )
     assert model is not None and checkpoint is not None
 
     targets: dict[str, torch.Tensor] = dict(model.named_parameters())
