@@ -221,9 +221,12 @@ def _run(options: GenerateOptions) -> None:
         model = CPQwen3MoeForCausalLM.from_pretrained(
             options.model, parallel_context=ctx, dtype=options.dtype
         )
+        report = model.load_report
+        assert report is not None
         logger.info(
             f"{options.model}: cp={options.cp} tp={options.tp}, {_name(model.dtype)} on "
-            f"{model.device}, loaded in {time.perf_counter() - start:.1f} s"
+            f"{model.device}, loaded in {time.perf_counter() - start:.1f} s "
+            f"({report.bytes_read / 1e9:.3f} GB, {report.bytes_per_second / 1e9:.2f} GB/s)"
         )
         if options.seed is not None:
             torch.manual_seed(options.seed)
