@@ -356,8 +356,7 @@ def report_comm(
 
 def _on_ranks(options: RunOptions, run: Callable[[ParallelContext], None]) -> None:
     """Calls run(context) on every rank of the options, started here unless they are there."""
-    _configure_logging()
-    try:
+    with _reported():
         options.check()
         _find_model(options.model)
         if not is_rank() and options.cp * options.tp > 1:
@@ -375,13 +374,6 @@ def _on_ranks(options: RunOptions, run: Callable[[ParallelContext], None]) -> No
         finally:
             if starts_group and dist.is_initialized():
                 dist.destroy_process_group()
-    except KeyboardInterrupt:
-        raise typer.Exit(130) from None
-    except typer.Exit:
-        raise
-    except Exception as error:
-        report_error(error)
-        raise typer.Exit(exit_code_of(error)) from None
 
 
 def main() -> None:
@@ -410,10 +402,13 @@ def _load(
         dtype=options.dtype,
         expert_placement=expert_placement,
     )
+    report = model.load_report
+    assert report is not None
     experts = "" if options.moe == "tp" else f" moe={options.moe}"
     logger.info(
         f"{options.model}: cp={options.cp} tp={options.tp}{experts}, {_name(model.dtype)} on "
-        f"{model.device}, loaded in {time.perf_counter() - start:.1f} s"
+        f"{model.device}, loaded in {time.perf_counter() - start:.1f} s "
+        f"({report.bytes_read / 1e9:.3f} GB, {report.bytes_per_second / 1e9:.2f} GB/s)"
     )
     return model
 
@@ -768,12 +763,10 @@ def _configure_logging() -> None:
 @app.command()
 def check(
     model: Annotated[str, typer.Argument(help="Checkpoint folder, or a hub id that is cached.")],
-    cp: Annotated[int, typer.Option(help="Context-parallel ranks.")] = 1,
-    tp: Annotated[int, typer.Option(help="Tensor-parallel ranks.")] = 1,
-    moe: Annotated[
-        str, typer.Option(help="Experts: cut over TP (tp), or spread whole (ep).")
-    ] = "tp",
-    dtype: Annotated[str, typer.Option(help="auto, bfloat16 or float32.")] = "auto",
+    cp: Cp = 1,
+    tp: Tp = 1,
+    moe: Moe = "tp",
+    dtype: Dtype = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document.")] = False,
 ) -> None:
     """Tell whether a checkpoint is whole, what each rank will read, and how much memory it takes.
@@ -804,14 +797,12 @@ def check(
 
 @app.command()
 def shard(
-    model: Annotated[str, typer.Argument(help="Checkpoint folder, or Hugging Face hub id.")],
+    model: Model,
     out: Annotated[Path, typer.Argument(help="Folder to make.")],
-    cp: Annotated[int, typer.Option(help="Context-parallel ranks.")] = 1,
-    tp: Annotated[int, typer.Option(help="Tensor-parallel ranks.")] = 1,
-    moe: Annotated[
-        str, typer.Option(help="Experts: cut over TP (tp), or spread whole (ep).")
-    ] = "tp",
-    dtype: Annotated[str, typer.Option(help="auto, bfloat16 or float32.")] = "auto",
+    cp: Cp = 1,
+    tp: Tp = 1,
+    moe: Moe = "tp",
+    dtype: Dtype = "auto",
 ) -> None:
     """Cut a checkpoint for the ranks of one topology, so that they load it without cutting."""
     from qwen3cp.weights import shard
@@ -847,6 +838,8 @@ def _reported() -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
+    except typer.Exit:
+        raise
     except Exception as error:
         report_error(error)
         raise typer.Exit(exit_code_of(error)) from None

@@ -327,6 +327,20 @@ def test_full_size_names_and_shapes_on_meta(size, topology):
         assert {p.name: p.shape for p in layout} == shapes
 
 
+def test_numbers_of_the_page_on_weights():
+    """Bytes to read, computed by hand: two bytes an element, down_proj and o_proj by columns."""
+    text = (Path(__file__).parents[1] / "docs" / "weights.md").read_text()
+    hidden, vocab, layers, tp = 2048, 151936, 48, 4
+    whole = vocab * hidden + hidden + layers * (2 * hidden + 2 * 128 + 128 * hidden)
+    by_rows = vocab * hidden + layers * (4096 + 2 * 512 + 128 * 2 * 768) * hidden
+    by_columns = layers * (4096 + 128 * 768) * hidden
+    read = 2 * (whole + (by_rows + by_columns) // tp)
+    assert f"a rank copies {read / 1e9:.2f} GB" in text
+    after_the_last = layers * (4096 + 128 * 768) * (tp - 1) // tp  # of the last row's columns
+    spanned = 2 * (whole + by_rows // tp + by_columns - after_the_last)
+    assert f"out of {spanned / 1e9:.2f} GB" in text
+
+
 def test_keys_and_values_share_a_storage(source):
     model = CPQwen3MoeForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
     for layer in cast(Any, model.model.layers):
@@ -357,6 +371,26 @@ def test_whole_experts_need_no_width_that_tp_divides(tmp_path):
     ctx = ParallelContext.describe(0, tp_size=2, moe="ep")
     model = CPQwen3MoeForCausalLM.from_pretrained(path, parallel_context=ctx, dtype="float32")
     assert cast(Any, model.model.layers[0]).mlp.experts.gate_up_proj.shape == (5, 66, 128)
+
+
+def test_whole_experts_cannot_run_yet(checkpoint):
+    ctx = ParallelContext(moe="ep")
+    model = CPQwen3MoeForCausalLM.from_pretrained(checkpoint, parallel_context=ctx)
+    cache = model.new_kv_cache(max_tokens=128)
+    sequence = cache.new_sequence()
+    with pytest.raises(UnsupportedConfigError, match="moe='ep'"):
+        model.prefill(cache, [sequence], [[1, 2, 3]])
+    assert sequence.length == 0
+
+
+def test_a_float8_checkpoint_is_saved_as_what_it_became(references, tmp_path):
+    model = CPQwen3MoeForCausalLM.from_pretrained(references["fp8"][0], dtype="float32")
+    model.save_pretrained(tmp_path)
+    assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
+    saved = Qwen3MoeForCausalLM.from_pretrained(tmp_path, dtype="auto")
+    assert saved.dtype == torch.float32
+    for name, parameter in saved.named_parameters():
+        assert torch.equal(parameter, references["fp8"][1][name]), name
 
 
 # ------------------------------------------------------------------------------ refused forms

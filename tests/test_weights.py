@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Qwen3MoeForCausalLM
 
-from qwen3cp import CPQwen3MoeForCausalLM
+from qwen3cp import CPQwen3MoeForCausalLM, ParallelContext
 from qwen3cp.errors import CheckpointError, InputError, Qwen3CPError, UnsupportedConfigError
 from qwen3cp.weights import CheckpointIndex
 from tests.models import load, save_random
@@ -120,6 +120,39 @@ def test_a_rank_reads_exactly_its_parameters(ranks, source):
     assert all(read == counted == held for read, counted, held in results)
     whole = sum(p.nbytes for p in Qwen3MoeForCausalLM.from_pretrained(source).parameters())
     assert all(held < 0.75 * whole for _, _, held in results)
+
+
+def load_sharing(cp: int, tp: int, path: Path, moe: str) -> tuple[int, int, int, int]:
+    """(bytes read, received, of the parameters, of those that no other CP rank holds)"""
+    ctx = context(cp, tp, moe=moe)
+    model = CPQwen3MoeForCausalLM.from_pretrained(
+        path, parallel_context=ctx, dtype=torch.float32, share_reads=True
+    )
+    alone = ParallelContext.describe(ctx.rank, cp_size=cp, tp_size=tp, moe=ctx.moe)
+    expected = CPQwen3MoeForCausalLM.from_pretrained(
+        path, parallel_context=alone, dtype=torch.float32
+    )
+    own = 0
+    for (name, ours), theirs in zip(model.named_parameters(), expected.parameters(), strict=True):
+        assert torch.equal(ours, theirs), name
+        if name == "lm_head.weight" or (moe == "ep" and ".experts." in name):
+            own += ours.nbytes
+    report = model.load_report
+    assert report is not None
+    return report.bytes_read, report.bytes_received, report.parameter_bytes, own
+
+
+@pytest.mark.parametrize("moe", ["tp", "ep"])
+@pytest.mark.parametrize("topology", [(2, 1), (4, 1), (2, 2)], ids=str)
+def test_shared_reads_take_every_byte_once(ranks, source, topology, moe):
+    cp, tp = topology
+    told = run(ranks, topology, load_sharing, source, moe)
+    assert all(read + received == held for read, received, held, _ in told)
+    for tp_rank in range(tp):
+        column = told[tp_rank::tp]
+        shared = column[0][2] - column[0][3]
+        assert sum(read - own for read, _, _, own in column) == shared
+        assert max(read - own for read, _, _, own in column) < 1.7 * shared / cp, "evenly"
 
 
 def test_tied_head_shares_the_embeddings_storage(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any, cast
@@ -264,3 +265,18 @@ def test_progress_shows_bytes_and_rate(checkpoint, capfd):
     assert "reading weights: 100%" in shown and "B/s" in shown
     CPQwen3MoeForCausalLM.from_pretrained(checkpoint)  # no terminal
     assert "reading" not in capfd.readouterr().err
+
+
+def test_the_benchmark_runs(checkpoint):
+    script = Path(__file__).parents[1] / "docs" / "benchmarks" / "load.py"
+    ways = ["tp=1", "tp=2, one rank alone", "cp=2, share_reads"]
+    done = subprocess.run(
+        [sys.executable, str(script), "--folder", str(checkpoint), "--repeats", "1"]
+        + ["--ways", *ways],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[1],
+    )
+    assert done.returncode == 0, done.stderr
+    rows = [line.split(" | ")[0] for line in done.stdout.splitlines()[2:]]
+    assert rows == [f"| {way}" for way in ways]

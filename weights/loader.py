@@ -6,7 +6,6 @@ import copy
 import gc
 import hashlib
 import json
-import logging
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -42,8 +41,6 @@ if TYPE_CHECKING:
     from qwen3cp.model import CPQwen3MoeForCausalLM
 
 __all__ = ["Checkpoint", "config_of", "load_pretrained", "read_json", "resolve_dtype"]
-
-logger = logging.getLogger("qwen3cp")
 
 NUM_ROUNDS = 8
 """Times during reading that the ranks tell one another whether they failed."""
@@ -189,7 +186,7 @@ def load_pretrained(
     _check_cover(layout, targets)
     owners = _owners(layout, ctx) if share_reads and ctx.cp_size > 1 else {}
     mine = [p for p in layout if owners.get(p.name, ctx.cp_rank) == ctx.cp_rank]
-    bytes_read = _read(checkpoint, mine, targets, ctx, progress)
+    bytes_read, seconds_reading = _read(checkpoint, mine, targets, ctx, progress)
     error = None
     try:
         if checkpoint.manifest is not None:
@@ -213,6 +210,7 @@ def load_pretrained(
         bytes_received=bytes_received,
         parameter_bytes=sum(targets[p.name].nbytes for p in layout),
         seconds=time.perf_counter() - start,
+        seconds_reading=seconds_reading,
     )
     return model.requires_grad_(False).eval()
 
@@ -328,8 +326,8 @@ def _read(
     targets: dict[str, torch.Tensor],
     ctx: ParallelContext,
     progress: bool | None,
-) -> int:
-    """Fills this rank's parameters; returns the bytes read. Collective over the replica."""
+) -> tuple[int, float]:
+    """Fills this rank's parameters: (bytes read, seconds). Collective over the replica."""
     index, error = checkpoint.index, None
     rounds: list[list[Task]] = [[] for _ in range(NUM_ROUNDS)]
     total, start = 0, time.perf_counter()
@@ -360,10 +358,4 @@ def _read(
             except Exception as caught:
                 error = caught
             collectives.fail_together(ctx, error)
-    seconds = time.perf_counter() - start
-    if ctx.rank == 0:
-        logger.info(
-            f"read {files.bytes_read / 1e9:.3f} GB in {seconds:.2f} s, "
-            f"{files.bytes_read / 1e9 / max(seconds, 1e-9):.2f} GB/s, on rank 0"
-        )
-    return files.bytes_read
+    return files.bytes_read, time.perf_counter() - start

@@ -53,6 +53,13 @@ class LoadReport:
     parameter_bytes: int
     """Of the parameters that this rank holds, in their dtype; a tied head is not counted twice."""
     seconds: float
+    """From the call to the model."""
+    seconds_reading: float
+
+    @property
+    def bytes_per_second(self) -> float:
+        """While reading."""
+        return self.bytes_read / max(self.seconds_reading, 1e-9)
 
 
 class Copy(NamedTuple):
