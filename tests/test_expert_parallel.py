@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
 from collections import Counter
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -446,3 +448,85 @@ def test_saving_undoes_a_placement(ranks, checkpoints, tmp_path):
     (ids,) = random_ids(3, 20, vocab_size=203)
     expected = reference_logits(checkpoints[13], ids)
     assert torch.equal(reference_logits(tmp_path / "saved", ids), expected)
+
+
+# With other users of a model
+
+
+def harness_results(cp: int, tp: int, path: Path, ours: bool) -> Any:
+    """Log-likelihoods and generated text of the lm-eval harness's own Hugging Face class."""
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+    from transformers import AutoTokenizer
+
+    model = load_ep(path, cp, tp) if ours else reference(path)
+    lm = HFLM(
+        pretrained=cast(Any, model),
+        tokenizer=AutoTokenizer.from_pretrained(path),
+        batch_size=2,
+        max_length=512,
+    )
+    question = "Question: There are 6 boxes with 12 toys each. How many toys are there?\nAnswer:"
+
+    def instances(kind: Any, arguments: list[Any]) -> list[Instance]:
+        return [Instance(kind, {}, args, i) for i, args in enumerate(arguments)]
+
+    likelihoods = lm.loglikelihood(
+        instances("loglikelihood", [(question, " 6 * 12"), (question, " 7"), ("A", " pen and")])
+    )
+    until = {"until": ["\n\n"], "max_gen_toks": 24, "do_sample": False}
+    return likelihoods, lm.generate_until(instances("generate_until", [(question, until)]))
+
+
+def test_the_harness_scores_as_with_transformers(ranks, checkpoint):
+    expected, text = harness_results(1, 1, checkpoint, False)
+    assert "72" in text[0]
+    for likelihoods, generated_text in run(ranks, (2, 1), harness_results, checkpoint, True):
+        assert generated_text == text
+        for (ours, is_greedy), (theirs, was_greedy) in zip(likelihoods, expected, strict=True):
+            assert ours == pytest.approx(theirs, abs=1e-3) and is_greedy == was_greedy
+
+
+DRY_RUN = """
+import sys
+import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from transformers import Qwen3MoeConfig
+from qwen3cp import CommConfig, CPQwen3MoeForCausalLM, ParallelContext
+from qwen3cp.collectives import record_communication
+
+rank = int(sys.argv[1])
+dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=16)
+comm = CommConfig(exchange="all_gather", check_plan=False)
+ctx = ParallelContext.from_world(cp_size=4, tp_size=4, moe="ep", comm=comm, backend="fake")
+config = Qwen3MoeConfig(
+    vocab_size=151936, hidden_size=4096, num_attention_heads=64, num_key_value_heads=4,
+    head_dim=128, moe_intermediate_size=1536, num_hidden_layers=3, num_experts=128,
+    num_experts_per_tok=8, norm_topk_prob=True, max_position_embeddings=262144,
+)
+with torch.device("meta"):
+    model = CPQwen3MoeForCausalLM(config, parallel_context=ctx).bfloat16()
+layer = model.model.layers[0].mlp.experts
+held = sum(p.numel() * p.element_size() for p in layer.parameters())
+assert held == 4608 * 2**20 // 16, held
+cache = model.new_kv_cache(max_tokens=40000)
+sequence = cache.new_sequence()
+with record_communication() as log:
+    logits = model.prefill(cache, [sequence], [torch.zeros(32768, dtype=torch.long)])
+    logits = model.decode(cache, [sequence], logits.argmax(-1))
+assert (logits.device.type, logits.shape) == ("meta", (1, 151936))
+row = 4096 * 2
+exchanged = 15 / 16 * 2 * 32768 * row + 3 / 4 * 32768 * 8 * 8
+assert log.by_kind["expert_exchange"] == 3 * exchanged, log.by_kind
+"""
+
+
+@pytest.mark.parametrize("rank", [0, 15])
+def test_full_size_layers_of_the_235b_run_on_meta_tensors(rank):
+    """One rank of 16, with collectives that move nothing: shapes, bytes, and that nothing of a
+    device is read."""
+    done = subprocess.run(
+        [sys.executable, "-c", DRY_RUN, str(rank)], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
