@@ -24,6 +24,7 @@ from qwen3cp.errors import InputError
 from qwen3cp.model import CPQwen3MoeForCausalLM, Request
 from qwen3cp.parallel import CommConfig, ForwardPhase
 from qwen3cp.plan import ForwardPlan
+from qwen3cp.plots import new_figure, save_figure
 
 __all__ = ["CommunicationReport", "MessageReport", "error_report"]
 
@@ -96,11 +97,7 @@ class CommunicationReport:
         Raises:
             InputError: matplotlib is not installed, or cannot write such a file.
         """
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise InputError("a plot needs matplotlib: pip install 'qwen3cp[plot]'") from error
-        figure = Figure(figsize=(9, 3.5), layout="constrained")
+        figure = new_figure(9, 3.5)
         error_axes, outlier_axes = figure.subplots(1, 2)
         for name in MESSAGES:
             of_name = [m for m in self.messages if m.message == name]
@@ -119,10 +116,7 @@ class CommunicationReport:
             f"KL {self.kl_mean:.1e} nats, same likeliest token in {self.top1_agreement:.2%} of "
             f"{self.num_positions:,} positions"
         )
-        try:
-            figure.savefig(path)
-        except (OSError, ValueError) as error:
-            raise InputError(f"the plot cannot be written to {path}: {error}") from error
+        save_figure(figure, path)
 
 
 def error_report(

@@ -26,6 +26,7 @@ from qwen3cp import collectives
 from qwen3cp.config import is_sparse, local_experts
 from qwen3cp.errors import InputError
 from qwen3cp.parallel import ForwardPhase, ParallelContext
+from qwen3cp.plots import new_figure, save_figure
 
 if TYPE_CHECKING:
     from qwen3cp.model import CPQwen3MoeForCausalLM
@@ -244,11 +245,7 @@ class RoutingReport:
         Raises:
             InputError: matplotlib is not installed, or cannot write such a file.
         """
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise InputError("a plot needs matplotlib: pip install 'qwen3cp[plot]'") from error
-        figure = Figure(figsize=(10, 3.5), layout="constrained")
+        figure = new_figure(10, 3.5)
         map_axes, axes = figure.subplots(1, 2)
         rows = np.asarray(self.rows_per_expert, float)
         shares = rows / rows.mean(1, keepdims=True).clip(1e-9)
@@ -260,10 +257,7 @@ class RoutingReport:
         axes.plot(self.layers, self.rank_imbalance, marker="o", label="ranks")
         axes.set(xlabel="layer", title="busiest / mean", ylim=(0, None))
         axes.legend(frameon=False)
-        try:
-            figure.savefig(path)
-        except (OSError, ValueError) as error:
-            raise InputError(f"the plot cannot be written to {path}: {error}") from error
+        save_figure(figure, path)
 
 
 def _imbalance(rows: Seq[int]) -> float:
