@@ -218,11 +218,13 @@ def test_no_room_is_seen_before_anything_is_written(source, tmp_path, monkeypatc
 
 
 SAVE_SLOWLY = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
 from qwen3cp import CPQwen3MoeForCausalLM
 from qwen3cp.weights import safetensors_file, shard
 
+# which a shell switches off for what it runs in the background
+signal.signal(signal.SIGINT, signal.default_int_handler)
 write = safetensors_file.SafetensorsWriter.write
 def slow(self, values):
     print("writing", flush=True)

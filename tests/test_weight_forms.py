@@ -373,16 +373,6 @@ def test_whole_experts_need_no_width_that_tp_divides(tmp_path):
     assert cast(Any, model.model.layers[0]).mlp.experts.gate_up_proj.shape == (5, 66, 128)
 
 
-def test_whole_experts_cannot_run_yet(checkpoint):
-    ctx = ParallelContext(moe="ep")
-    model = CPQwen3MoeForCausalLM.from_pretrained(checkpoint, parallel_context=ctx)
-    cache = model.new_kv_cache(max_tokens=128)
-    sequence = cache.new_sequence()
-    with pytest.raises(UnsupportedConfigError, match="moe='ep'"):
-        model.prefill(cache, [sequence], [[1, 2, 3]])
-    assert sequence.length == 0
-
-
 def test_a_float8_checkpoint_is_saved_as_what_it_became(references, tmp_path):
     model = CPQwen3MoeForCausalLM.from_pretrained(references["fp8"][0], dtype="float32")
     model.save_pretrained(tmp_path)

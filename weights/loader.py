@@ -177,7 +177,7 @@ def load_pretrained(
     except Exception as caught:  # the other ranks have to hear of it, whatever it is
         error = caught
     collectives.fail_together(
-        ctx, error, digest, "config, dtype, device, expert_placement or share_reads"
+        ctx, error, digest, "values of config, dtype, device, expert_placement or share_reads"
     )
     assert model is not None and checkpoint is not None
 

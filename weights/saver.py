@@ -70,7 +70,7 @@ def save_pretrained(model: CPQwen3MoeForCausalLM, folder: Path, max_shard_size: 
                 temporary = stack.enter_context(replaced)
         except Exception as caught:  # the other ranks have to hear of it, whatever it is
             error = caught
-        collectives.fail_together(ctx, error, digest, "max_shard_size, or another model,")
+        collectives.fail_together(ctx, error, digest, "values of max_shard_size, or another model,")
         assert plan is not None
         if ctx.dp_rank == 0:  # other replicas hold the same
             _write_tensors(model, plan, temporary)
