@@ -194,6 +194,7 @@ def kv_gather(
     """
     sent = packed.view(-1, packed.shape[-1])
     if ctx.cp_group is None or not split:
+        ctx.check_attached()
         return PendingGather(sent, None, "")
     quantised = ctx.comm.kv_gather == "int8" and layer not in ctx.comm.skip_layers
     form = "int8" if quantised else "exact"
@@ -237,6 +238,7 @@ def all_reduce(
         InputError: x is neither bfloat16 nor float32 and would travel as int8.
     """
     if ctx.tp_group is None:
+        ctx.check_attached()
         return x
     if x.numel() == 0:  # all TP ranks hold the same rows, so all of them stop here
         return x if in_place else torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -418,6 +420,7 @@ def all_reduce_world(
 ) -> torch.Tensor:
     """Sums a contiguous x over all ranks of the replica, in place. Collective over world_group."""
     if ctx.world_group is None or x.numel() == 0:
+        ctx.check_attached()
         return x
     received = all_reduce_bytes("exact", 1, x.numel(), x.element_size(), ctx.world_size)
     with _named_failure(_record(kind, received, ctx.world_size, ctx, layer)):

@@ -200,11 +200,7 @@ class ParallelContext:
         """Sets `phase` for the block. Forwards do not nest."""
         if not isinstance(phase, ForwardPhase):
             raise ParallelConfigError(f"phase must be a ForwardPhase, got {phase!r}")
-        if self.detached and self.world_size > 1:
-            raise ParallelConfigError(
-                f"this context only describes rank {self.rank} of {self.world_size}: it has no "
-                "process groups, and cannot run a forward; make it with from_world"
-            )
+        self.check_attached()
         if self.phase is not None:
             raise ParallelConfigError(
                 f"a {self.phase.value} forward is already in progress on this context; "
@@ -215,6 +211,14 @@ class ParallelContext:
             yield
         finally:
             self.phase = None
+
+    def check_attached(self) -> None:
+        """Raises ParallelConfigError if this is one of several ranks without its groups."""
+        if self.detached and self.world_size > 1:
+            raise ParallelConfigError(
+                f"this context only describes rank {self.rank} of {self.world_size}: it has no "
+                "process groups, and cannot run a forward; make it with from_world"
+            )
 
     @contextmanager
     def communication(self, comm: CommConfig) -> Iterator[None]:

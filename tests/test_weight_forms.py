@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import FineGrainedFP8Config, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from qwen3cp import CPQwen3MoeForCausalLM, ParallelContext
+from qwen3cp import CPQwen3MoeForCausalLM, ParallelContext, collectives
 from qwen3cp.config import local_experts
 from qwen3cp.errors import CheckpointError, ParallelConfigError, UnsupportedConfigError
 from qwen3cp.parallel import ForwardPhase
@@ -358,6 +358,13 @@ def test_a_described_rank_cannot_run():
     with pytest.raises(ParallelConfigError, match="no process groups"):
         with ctx.forward(ForwardPhase.DECODE):
             pass
+    for call in (
+        lambda: collectives.all_reduce(torch.ones(2, 4), ctx),
+        lambda: collectives.all_reduce_world(torch.ones(2, 4), ctx, "all_reduce"),
+        lambda: collectives.kv_gather(torch.ones(2, 1, 4), ctx, split=True),
+    ):  # as layers that are called by hand would
+        with pytest.raises(ParallelConfigError, match="no process groups"):
+            call()
     with pytest.raises(ParallelConfigError, match="rank=4 is not in 0..3"):
         ParallelContext.describe(4, cp_size=2, tp_size=2)
 
