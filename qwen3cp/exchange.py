@@ -101,7 +101,6 @@ def exchange(
     ctx: ParallelContext,
     *,
     padded_rows: int,
-    num_experts: int,
     top_k: int,
     owners: torch.Tensor,
     layer: int | None = None,
@@ -114,7 +113,7 @@ def exchange(
         route: rows -> (weights float32, expert slots int32), both [n, k].
         run: what this rank's experts make of rows.
         padded_rows: R, the same on every rank.
-        owners: int32 [num_experts]: the rank of the replica that has each expert slot.
+        owners: int32 [slots]: the rank of the replica that has each expert slot.
     """
     form = exchange_form(ctx, padded_rows, hidden.shape[1], hidden.element_size(), top_k)
     if form == "all_to_all":
@@ -122,7 +121,7 @@ def exchange(
     if ctx.cp_size == 1:
         weights, experts = route(hidden)
         return collectives.all_reduce_world(run(hidden, weights, experts), ctx, KIND, layer)
-    return _by_all_gather(hidden, route, run, ctx, padded_rows, num_experts, top_k, layer)
+    return _by_all_gather(hidden, route, run, ctx, padded_rows, top_k, len(owners), layer)
 
 
 def _by_all_gather(
@@ -131,14 +130,14 @@ def _by_all_gather(
     run: Experts,
     ctx: ParallelContext,
     padded_rows: int,
-    num_experts: int,
     top_k: int,
+    num_slots: int,
     layer: int | None,
 ) -> torch.Tensor:
     num_rows, width = hidden.shape
     size = -(-padded_rows // ctx.tp_size) * ctx.tp_size  # each TP rank's share is whole
     routing = torch.zeros(size, 2, top_k, dtype=torch.int32, device=hidden.device)
-    routing[num_rows:, 1] = num_experts  # no rank has that one
+    routing[num_rows:, 1] = num_slots  # no rank has that one
     if num_rows:
         weights, experts = route(hidden)
         routing[:num_rows, 0] = weights.view(torch.int32)

@@ -137,7 +137,6 @@ class CPQwen3MoeSparseMoeBlock(Qwen3MoeSparseMoeBlock):
             self._run_experts,
             ctx,
             padded_rows=plan.padded_rows,
-            num_experts=self.gate.num_experts,
             top_k=self.gate.top_k,
             owners=self.owners,
             layer=self.layer_idx,
