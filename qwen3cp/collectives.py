@@ -246,9 +246,7 @@ def all_reduce(
     observe_result = _observe("all_reduce", x, layer, form)
     if form == "exact":
         total = x if in_place else x.clone(memory_format=torch.contiguous_format)
-        received = all_reduce_bytes(form, 1, x.numel(), x.element_size(), ctx.tp_size)
-        with _named_failure(_record("all_reduce", received, ctx.tp_size, ctx, layer)):
-            dist.all_reduce(total, group=ctx.tp_group)
+        _sum_exactly(total, ctx.tp_group, ctx.tp_size, "all_reduce", ctx, layer)
     else:
         x = x.contiguous()
         total = x if in_place else torch.empty_like(x)
@@ -346,11 +344,8 @@ def _one_shot(
     terms: torch.Tensor, out: torch.Tensor, ctx: ParallelContext, layer: int | None
 ) -> None:
     """out = the sum of every rank's terms, [G, g]: all of them go to all ranks, which add."""
-    blocks = int8.pack(terms, 1)
-    gathered = blocks.new_empty(ctx.tp_size, blocks.shape[1])
-    received = (ctx.tp_size - 1) * _num_bytes(blocks)
-    with _named_failure(_record("all_reduce", received, ctx.tp_size, ctx, layer, "int8_one_shot")):
-        _all_gather_into(gathered, blocks, group=ctx.tp_group)
+    blocks, form = int8.pack(terms, 1), "int8_one_shot"
+    gathered = _all_gather(blocks, ctx.tp_group, ctx.tp_size, "all_reduce", ctx, layer, form)
     out.copy_(int8.sum_of(gathered, terms.shape[1]))
 
 
@@ -422,9 +417,7 @@ def all_reduce_world(
     if ctx.world_group is None or x.numel() == 0:
         ctx.check_attached()
         return x
-    received = all_reduce_bytes("exact", 1, x.numel(), x.element_size(), ctx.world_size)
-    with _named_failure(_record(kind, received, ctx.world_size, ctx, layer)):
-        dist.all_reduce(x, group=ctx.world_group)
+    _sum_exactly(x, ctx.world_group, ctx.world_size, kind, ctx, layer)
     return x
 
 
@@ -544,15 +537,30 @@ def _all_gather(
     kind: str,
     ctx: ParallelContext,
     layer: int | None = None,
+    form: str = "exact",
 ) -> torch.Tensor:
     if group is None:
         return x
     gathered = x.new_empty(size * x.shape[0], *x.shape[1:])
     if gathered.numel() == 0:  # on all ranks, since all give the same shape
         return gathered
-    with _named_failure(_record(kind, (size - 1) * _num_bytes(x), size, ctx, layer)):
+    with _named_failure(_record(kind, (size - 1) * _num_bytes(x), size, ctx, layer, form)):
         _all_gather_into(gathered, x.contiguous(), group=group)
     return gathered
+
+
+def _sum_exactly(
+    x: torch.Tensor,
+    group: dist.ProcessGroup | None,
+    size: int,
+    kind: str,
+    ctx: ParallelContext,
+    layer: int | None,
+) -> None:
+    """Overwrites a contiguous x with its sum over the group."""
+    received = all_reduce_bytes("exact", 1, x.numel(), x.element_size(), size)
+    with _named_failure(_record(kind, received, size, ctx, layer)):
+        dist.all_reduce(x, group=group)
 
 
 def _num_bytes(x: torch.Tensor) -> int:

@@ -190,7 +190,7 @@ class CPQwen3MoeModel(Qwen3MoeModel):
             plan = self.plan(request.cache, request.sequences, request.new_lengths, phase)
             digest.update(plan.digest)
             digest.update(request.wanted.numpy().tobytes())
-            digest.update(repr(ctx.comm).encode())
+            digest.update(ctx.comm.digest)
         except Exception as caught:  # the other ranks have to hear of it, whatever it is
             error = caught
         try:

@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -109,6 +110,12 @@ class CommConfig:
                 f"CommConfig.skip_layers must be layer indices, counted from 0, got {layers!r}"
             )
         object.__setattr__(self, "skip_layers", tuple(sorted(set(layers))))
+
+    @cached_property
+    def digest(self) -> bytes:
+        """Equal on two ranks only if their settings are; made once, for every forward compares
+        it."""
+        return repr(self).encode()
 
     @property
     def least_bytes(self) -> int:
