@@ -97,11 +97,12 @@ class CPQwen3MoeAttention(Qwen3MoeAttention):
 
     def _attend(self, query_TND: torch.Tensor, plan: ForwardPlan, kv: LayerKV) -> torch.Tensor:
         """[T, N, D] -> [T, N, D], in one call unless the plan had to split it."""
+        key, value = kv.pages()
         outputs = [
             torch.ops.npu.npu_fused_infer_attention_score(
                 query_TND[call.start : call.stop],
-                kv.key,
-                kv.value,
+                key,
+                value,
                 atten_mask=kv.causal_mask,
                 actual_seq_lengths=call.query_ends,
                 actual_seq_lengths_kv=call.kv_lengths,

@@ -1,7 +1,10 @@
 """Every collective of the model: one place that counts bytes, names failures and is tested.
 
 All of them take the `ParallelContext` that says which group; with one rank in the group they are
-no-ops that count nothing. Bytes are per rank: what this rank receives under the bandwidth-optimal
+no-ops that count nothing. In compiled code those of a decode are operators, `torch.ops.qwen3cp.*`,
+which the compiler does not look into and which call the same functions here when the graph runs.
+
+Bytes are per rank: what this rank receives under the bandwidth-optimal
 algorithm (n ranks): all-gather (n-1) * shard, all-reduce 2 (n-1) / n * input, all-to-all what comes
 from the others, broadcast the message on every receiver.
 """
@@ -242,6 +245,10 @@ def all_reduce(
         return x
     if x.numel() == 0:  # all TP ranks hold the same rows, so all of them stop here
         return x if in_place else torch.empty_like(x, memory_format=torch.contiguous_format)
+    if torch.compiler.is_compiling():
+        total = x if in_place else x.clone(memory_format=torch.contiguous_format)
+        torch.ops.qwen3cp.all_reduce_(total, ctx.name, layer, form)
+        return total
     form = all_reduce_form(x, ctx, layer) if form is None else form
     observe_result = _observe("all_reduce", x, layer, form)
     if form == "exact":
@@ -388,7 +395,7 @@ def gather_vocabulary(logits: torch.Tensor, ctx: ParallelContext, vocab_size: in
     ceil(vocab_size / world_size) columns, in rank order, the last of them padded.
     """
     num_rows, shard = logits.shape
-    gathered = _all_gather(logits, ctx.world_group, ctx.world_size, "logits", ctx)
+    gathered = gather_ranks(logits, ctx, "logits")
     gathered = gathered.view(ctx.world_size, num_rows, shard).transpose(0, 1)
     return gathered.reshape(num_rows, ctx.world_size * shard)[:, :vocab_size]
 
@@ -400,6 +407,8 @@ def gather_ranks(
 
     Collective over world_group.
     """
+    if torch.compiler.is_compiling() and ctx.world_group is not None:
+        return torch.ops.qwen3cp.gather_ranks(x, ctx.name, ctx.world_size, kind, layer)
     return _all_gather(x[None], ctx.world_group, ctx.world_size, kind, ctx, layer)
 
 
@@ -416,6 +425,9 @@ def all_reduce_world(
     """Sums a contiguous x over all ranks of the replica, in place. Collective over world_group."""
     if ctx.world_group is None or x.numel() == 0:
         ctx.check_attached()
+        return x
+    if torch.compiler.is_compiling():
+        torch.ops.qwen3cp.all_reduce_world_(x, ctx.name, kind, layer)
         return x
     _sum_exactly(x, ctx.world_group, ctx.world_size, kind, ctx, layer)
     return x
@@ -634,3 +646,49 @@ def _named_failure(what: str) -> Iterator[None]:
             f"the collective {what} failed: {error}\nAnother rank has probably ended or hangs; "
             "look for the first error among the ranks, and start all of them again"
         ) from error
+
+
+@torch.library.custom_op(
+    "qwen3cp::all_reduce_",
+    mutates_args=("x",),
+    schema="(Tensor(a!) x, str context, int? layer, str? form) -> ()",
+)
+def _all_reduce_op(
+    x: torch.Tensor, context: str, layer: int | None, form: AllReduceForm | None
+) -> None:
+    all_reduce(x, ParallelContext.named(context), in_place=True, layer=layer, form=form)
+
+
+@torch.library.custom_op(
+    "qwen3cp::all_reduce_world_",
+    mutates_args=("x",),
+    schema="(Tensor(a!) x, str context, str kind, int? layer) -> ()",
+)
+def _all_reduce_world_op(x: torch.Tensor, context: str, kind: str, layer: int | None) -> None:
+    all_reduce_world(x, ParallelContext.named(context), kind, layer)
+
+
+@torch.library.custom_op(
+    "qwen3cp::gather_ranks",
+    mutates_args=(),
+    schema="(Tensor x, str context, int world_size, str kind, int? layer) -> Tensor",
+)
+def _gather_ranks_op(
+    x: torch.Tensor, context: str, world_size: int, kind: str, layer: int | None
+) -> torch.Tensor:
+    return gather_ranks(x, ParallelContext.named(context), kind, layer)
+
+
+@_all_reduce_op.register_fake
+def _(*arguments: Any) -> None:
+    return None
+
+
+@_all_reduce_world_op.register_fake
+def _(*arguments: Any) -> None:
+    return None
+
+
+@_gather_ranks_op.register_fake
+def _(x: torch.Tensor, context: str, world_size: int, *arguments: Any) -> torch.Tensor:
+    return x.new_empty(world_size, *x.shape)

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+from torch._dynamo import maybe_mark_dynamic
 from transformers import Cache
 
 from qwen3cp.errors import InputError, KVCacheFullError
@@ -24,20 +25,29 @@ DEFAULT_PAGE_SIZE = 128
 
 @dataclass(frozen=True, kw_only=True)
 class LayerKV:
-    """One layer's part of the cache: views, nothing is copied."""
+    """One layer's part of the cache. Keys and values are views of its rows, so that compiled code
+    is given a layer as one tensor."""
 
     rows: torch.Tensor
     """[2 * P * B, W]: all key slots, then all value slots; what a plan's slots index."""
-    key: torch.Tensor
-    """[P, B, W]"""
-    value: torch.Tensor
-    """[P, B, W]"""
+    page_size: int
     causal_mask: torch.Tensor
     """bool [2048, 2048], True above the diagonal: the attention operator's fixed template."""
 
+    def pages(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values, both [P, B, W]."""
+        key, value = self.rows.view(2, -1, self.page_size, self.rows.shape[1]).unbind()
+        return key, value
+
     @property
-    def page_size(self) -> int:
-        return self.key.shape[1]
+    def key(self) -> torch.Tensor:
+        """[P, B, W]"""
+        return self.pages()[0]
+
+    @property
+    def value(self) -> torch.Tensor:
+        """[P, B, W]"""
+        return self.pages()[1]
 
 
 class Sequence:
@@ -98,12 +108,21 @@ class PagedKVCache:
         # Tensors of inference mode could only be written in it; a cache outlives the block that
         # makes it.
         with torch.inference_mode(False):
-            # [L, K and V, slots, W]. Zeroed, so that nothing that was never written can be a NaN.
-            self._kv = torch.zeros(
-                num_layers, 2, num_pages * page_size, kv_width, dtype=dtype, device=device
-            )
-            self._causal_mask = torch.ones(2048, 2048, dtype=torch.bool, device=device).triu_(1)
-        self._layers = self._layer_views()
+            mask = torch.ones(2048, 2048, dtype=torch.bool, device=device).triu_(1)
+            # Zeroed, so that nothing that was never written can be a NaN. A tensor for each layer:
+            # compiled code would take views of one, of which it writes some, for the whole of it.
+            self._layers = [
+                LayerKV(
+                    rows=torch.zeros(
+                        2 * num_pages * page_size, kv_width, dtype=dtype, device=device
+                    ),
+                    page_size=page_size,
+                    causal_mask=mask,
+                )
+                for _ in range(num_layers)
+            ]
+        for layer in self._layers:
+            maybe_mark_dynamic(layer.rows, 0)
         self._free = list(range(num_pages - 1, 0, -1))  # taken from the end: lowest page first
         self._references = [0] * num_pages
 
@@ -113,24 +132,24 @@ class PagedKVCache:
 
     @property
     def num_layers(self) -> int:
-        return self._kv.shape[0]
+        return len(self._layers)
 
     @property
     def kv_width(self) -> int:
-        return self._kv.shape[-1]
+        return self._layers[0].rows.shape[1]
 
     @property
     def dtype(self) -> torch.dtype:
-        return self._kv.dtype
+        return self._layers[0].rows.dtype
 
     @property
     def device(self) -> torch.device:
-        return self._kv.device
+        return self._layers[0].rows.device
 
     @property
     def num_bytes(self) -> int:
         """Bytes of keys and values of this rank."""
-        return self._kv.numel() * self._kv.element_size()
+        return sum(layer.rows.nbytes for layer in self._layers)
 
     def layer(self, index: int) -> LayerKV:
         """The part of one layer, as the modules take it."""
@@ -248,7 +267,7 @@ class PagedKVCache:
             if new < 1:
                 raise InputError(f"sequence {i} has {new} new tokens; it needs at least one")
         self.reserve(sequences, new_lengths)
-        return ForwardPlan.build(
+        plan = ForwardPlan.build(
             new_lengths,
             cached_lengths=[s.length for s in sequences],
             block_tables=[s._pages for s in sequences],
@@ -257,27 +276,35 @@ class PagedKVCache:
             phase=phase,
             cp_rank=ctx.cp_rank,
             cp_size=ctx.cp_size,
-        ).to(self._kv.device)
+        ).to(self.device)
+        if phase is ForwardPhase.DECODE:
+            for call in plan.calls:  # compiled code is for any number of pages
+                maybe_mark_dynamic(call.block_table, 1)
+        return plan
 
     def grow(self, num_pages: int) -> None:
-        """Makes the pool larger, to `num_pages`; copies what it holds. Layer views go stale."""
+        """Makes the pool larger, to `num_pages`; copies what it holds. What `layer` returned before
+        goes stale."""
         if num_pages < self.num_pages:
             raise InputError(f"the cache has {self.num_pages} pages already, got {num_pages}")
-        layers, two, _, width = self._kv.shape
-        with torch.inference_mode(False):
-            grown = self._kv.new_zeros(layers, two, num_pages * self.page_size, width)
-            grown[:, :, : self._kv.shape[2]] = self._kv
-        self._kv = grown
+        grown = []
+        for layer in self._layers:
+            with torch.inference_mode(False):
+                rows = layer.rows.new_zeros(2 * num_pages * self.page_size, self.kv_width)
+            maybe_mark_dynamic(rows, 0)
+            grown.append(replace(layer, rows=rows))
+            for new, old in zip(grown[-1].pages(), layer.pages(), strict=True):
+                new[: self.num_pages] = old
+        self._layers = grown
         self._free[:0] = range(num_pages - 1, self.num_pages - 1, -1)
         self._references += [0] * (num_pages - self.num_pages)
         self.num_pages = num_pages
-        self._layers = self._layer_views()
 
     def read(self, sequence: Sequence, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Copies of the keys (rotated) and values of a sequence: both [length, W]."""
         self.check([sequence])
         kv = self.layer(layer)
-        pages = torch.tensor(sequence._pages, device=self._kv.device, dtype=torch.int64)
+        pages = torch.tensor(sequence._pages, device=self.device, dtype=torch.int64)
         keys, values = (part[pages].flatten(0, 1)[: sequence.length] for part in (kv.key, kv.value))
         return keys, values
 
@@ -293,20 +320,6 @@ class PagedKVCache:
         if len({id(s) for s in sequences}) != len(sequences):
             raise InputError("a sequence is given twice in one call; fork it instead")
 
-    @torch.inference_mode(False)
-    def _layer_views(self) -> list[LayerKV]:
-        """Made once: every layer of every forward takes them."""
-        pages = self._kv.view(self.num_layers, 2, self.num_pages, self.page_size, self.kv_width)
-        return [
-            LayerKV(
-                rows=kv.view(-1, self.kv_width),
-                key=pages[layer, 0],
-                value=pages[layer, 1],
-                causal_mask=self._causal_mask,
-            )
-            for layer, kv in enumerate(self._kv)
-        ]
-
     def _pages_of(self, length: int) -> int:
         return -(-length // self.page_size)
 
@@ -319,10 +332,9 @@ class PagedKVCache:
         """Replaces the page of the sequence's last token by a copy of its own."""
         last = self._pages_of(sequence.length) - 1
         source, target = sequence._pages[last], self._take()
-        size = self.page_size
-        self._kv[:, :, target * size : (target + 1) * size] = self._kv[
-            :, :, source * size : (source + 1) * size
-        ]
+        for layer in self._layers:
+            for pages in layer.pages():
+                pages[target] = pages[source]
         self._references[source] -= 1
         sequence._pages[last] = target
 

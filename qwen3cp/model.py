@@ -33,7 +33,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import (
     Qwen3MoeRotaryEmbedding,
 )
 
-from qwen3cp import collectives
+from qwen3cp import collectives, routing
 from qwen3cp.batch import PaddedBatch, device_ids, host_ids
 from qwen3cp.config import (
     check_supported,
@@ -53,6 +53,9 @@ if TYPE_CHECKING:
     from qwen3cp.weights import LoadReport
 
 __all__ = ["CPQwen3MoeForCausalLM", "CPQwen3MoeModel", "register_auto"]
+
+_MAX_GRAPHS = 128
+"""Of a compiled decode step: two for each batch size."""
 
 
 class CPQwen3MoeModel(Qwen3MoeModel):
@@ -259,12 +262,14 @@ class CPQwen3MoeModel(Qwen3MoeModel):
         phase: ForwardPhase | None,
         refused: dict[str, Any],
         logits_to_keep: int | torch.Tensor = 0,
+        decoded: Callable[[Request, ForwardPlan], torch.Tensor | None] = lambda *_: None,
     ) -> tuple[torch.Tensor, PaddedCall, tuple[torch.Tensor, ...] | None]:
         """A transformers-style forward over a padded batch.
 
         Args:
             result_of: (hidden, residual, plan, tokens) -> rows of the tokens, on every rank.
             refused: arguments that must be unset.
+            decoded: the rows of a request, if there is a shorter way to them; else None.
 
         Returns:
             The result of the kept columns, [batch, kept, ...]; the call; the hidden states of all
@@ -289,12 +294,14 @@ class CPQwen3MoeModel(Qwen3MoeModel):
 
         states = None
         with self.step(phase, read) as (request, plan):
-            hidden, residual = self.run(request, plan, layer_inputs=layer_inputs)
-            rows = result_of(hidden, residual, plan, request.wanted)
-            if layer_inputs is not None:
-                every = torch.arange(len(request.ids))
-                last = self.final_hidden(hidden, residual, plan, every)
-                states = [*(plan.gather(x, self.parallel_context) for x in layer_inputs), last]
+            rows = decoded(request, plan) if layer_inputs is None else None
+            if rows is None:
+                hidden, residual = self.run(request, plan, layer_inputs=layer_inputs)
+                rows = result_of(hidden, residual, plan, request.wanted)
+                if layer_inputs is not None:
+                    every = torch.arange(len(request.ids))
+                    last = self.final_hidden(hidden, residual, plan, every)
+                    states = [*(plan.gather(x, self.parallel_context) for x in layer_inputs), last]
         call = request.padded
         assert call is not None
         call.past.advance(call.all_rows, call.batch.token_of_cell.shape[1], call.batch.closed)
@@ -459,6 +466,7 @@ class CPQwen3MoeForCausalLM(Qwen3MoeForCausalLM):
         self.lm_head = nn.Linear(config.hidden_size, len(self.local_vocabulary), bias=False)
         self.num_experts = config.num_experts
         self.num_experts_per_tok = config.num_experts_per_tok
+        self._compiled_step: Callable[..., torch.Tensor] | None = None
         self.post_init()
 
     @property
@@ -672,6 +680,43 @@ class CPQwen3MoeForCausalLM(Qwen3MoeForCausalLM):
 
         return self._next_token_logits(ForwardPhase.DECODE, read)
 
+    def decode_step(
+        self, ids: torch.Tensor, plan: ForwardPlan, cache: PagedKVCache
+    ) -> torch.Tensor:
+        """The device's part of a DECODE, and what `compile_decode` compiles: a pure function of
+        tensors and lengths but for the cache, where it writes keys and values.
+
+        Collective over tp_group and world_group. `decode` does the rest before and after it: it
+        checks, reserves pages, makes the plan, and counts the tokens.
+
+        Args:
+            ids: int64 [T], on the device.
+            plan: of the DECODE phase, by `plan`.
+
+        Returns:
+            [T, V] in the model's dtype: the logits of the token after each.
+        """
+        hidden, residual = self.model.run_layers(self.model.embed_tokens(ids), plan, cache)
+        return self._vocabulary(add_norm(hidden, residual, self.model.norm)[0])
+
+    def compile_decode(self, **options: Any) -> None:
+        """Has every DECODE of `decode`, `generate` and `forward` run `decode_step` compiled.
+
+        Nothing is compiled yet: the first step of a batch size is, and the second once more, with
+        the lengths as variables. After that no length and no size of the pool compiles again. Not
+        collective, but every rank must call it.
+
+        While `record_routing` is open, and where `forward` is asked for hidden states or not for
+        all logits, a step runs eagerly.
+
+        Args:
+            options: of `torch.compile`, such as backend="aot_eager". fullgraph is True unless it is
+                given; disable=True ends it.
+        """
+        defaults = dict(fullgraph=True, recompile_limit=_MAX_GRAPHS, isolate_recompiles=True)
+        # the function, not the method: a copy of the model must not run this one's weights
+        self._compiled_step = torch.compile(type(self).decode_step, **{**defaults, **options})
+
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -716,6 +761,7 @@ class CPQwen3MoeForCausalLM(Qwen3MoeForCausalLM):
             logits_to_keep=logits_to_keep,
             output_hidden_states=output_hidden_states,
             phase=phase,
+            decoded=self._decoded,
             refused=dict(
                 kwargs,
                 inputs_embeds=inputs_embeds,
@@ -793,9 +839,22 @@ class CPQwen3MoeForCausalLM(Qwen3MoeForCausalLM):
 
     def _next_token_logits(self, phase: ForwardPhase, read: Callable[[], Request]) -> torch.Tensor:
         with self.model.step(phase, read) as (request, plan):
-            hidden, residual = self.model.run(request, plan)
-            logits = self._logits(hidden, residual, plan, request.wanted).float()
+            logits = self._decoded(request, plan)
+            if logits is None:
+                hidden, residual = self.model.run(request, plan)
+                logits = self._logits(hidden, residual, plan, request.wanted)
+            logits = logits.float()
         return logits
+
+    def _decoded(self, request: Request, plan: ForwardPlan) -> torch.Tensor | None:
+        """`decode_step`, compiled or not, where it is what a request asks for."""
+        everything = torch.arange(len(request.ids))
+        if plan.phase is not ForwardPhase.DECODE or not torch.equal(request.wanted, everything):
+            return None
+        ids = request.ids.to(self.device)
+        if self._compiled_step is None or routing.is_recording():
+            return self.decode_step(ids, plan, request.cache)
+        return self._compiled_step(self, ids, plan, request.cache)
 
     def _logits(
         self,
@@ -805,7 +864,10 @@ class CPQwen3MoeForCausalLM(Qwen3MoeForCausalLM):
         tokens: torch.Tensor,
     ) -> torch.Tensor:
         """[len(tokens), V] in the model's dtype. Collective over cp_group and world_group."""
-        rows = self.model.final_hidden(hidden, residual, plan, tokens)
+        return self._vocabulary(self.model.final_hidden(hidden, residual, plan, tokens))
+
+    def _vocabulary(self, rows: torch.Tensor) -> torch.Tensor:
+        """The logits, [n, V], of normed rows that every rank has. Collective over world_group."""
         shard = F.linear(rows, self.lm_head.weight)
         missing = self._vocabulary_shard - shard.shape[1]
         if missing:

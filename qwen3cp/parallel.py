@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import itertools
 import os
 import warnings
 from collections.abc import Collection, Iterator
@@ -10,7 +11,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
@@ -156,8 +158,15 @@ class ParallelContext:
     detached: bool = False
     """A rank of another topology, without its process groups: see `describe`."""
     phase: ForwardPhase | None = field(default=None, init=False)
+    name: str = field(init=False, repr=False)
+    """Stands for this context in the arguments of an operator, which cannot be objects."""
+
+    _named: ClassVar[WeakValueDictionary[str, ParallelContext]] = WeakValueDictionary()
+    _count: ClassVar[Iterator[int]] = itertools.count()
 
     def __post_init__(self) -> None:
+        self.name = f"context {next(self._count)}"
+        self._named[self.name] = self
         for axis in ("cp", "tp", "dp"):
             rank, size = getattr(self, f"{axis}_rank"), getattr(self, f"{axis}_size")
             _check_size(f"{axis}_size", size)
@@ -243,6 +252,11 @@ class ParallelContext:
             yield
         finally:
             self.comm = before
+
+    @classmethod
+    def named(cls, name: str) -> ParallelContext:
+        """The context of this process that has a `name`."""
+        return cls._named[name]
 
     @classmethod
     def single(cls) -> ParallelContext:

@@ -50,7 +50,8 @@ class AttentionCall:
     kv_lengths: list[int]
     """Visible keys of each virtual sequence: cached tokens + end of its block. Not cumulative."""
     block_table: torch.Tensor
-    """int32 [V, pages]: the pages of each virtual sequence, padded with page 0."""
+    """int32 [V, pages]: the pages of each virtual sequence, padded with page 0. At least two
+    columns: compilers take a size of 1 for a constant."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -286,7 +287,7 @@ def _attention_calls(
     start = 0
     for chunk in chunks:
         ends = np.cumsum(query_lengths[chunk])
-        table = np.zeros((len(chunk), int(counted[chunk].max())), np.int32)
+        table = np.zeros((len(chunk), max(2, int(counted[chunk].max()))), np.int32)
         for i, row in enumerate(chunk):
             table[i, : counted[row]] = block_tables[row][: counted[row]]
         calls.append(

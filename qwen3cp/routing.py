@@ -160,6 +160,11 @@ class RoutingLog:
 _open_logs: ContextVar[tuple[RoutingLog, ...]] = ContextVar("open_routing_logs", default=())
 
 
+def is_recording() -> bool:
+    """Whether a `record_routing` block is open. Compiled code does not see it: run eagerly then."""
+    return bool(_open_logs.get())
+
+
 @contextmanager
 def record_routing() -> Iterator[RoutingLog]:
     """Counts the rows that go to each expert in the block, on this rank. Blocks may nest.
@@ -178,7 +183,9 @@ def record_routing() -> Iterator[RoutingLog]:
 def count_rows(
     counts: torch.Tensor, slots: range, num_experts: int, layer: int | None, ctx: ParallelContext
 ) -> None:
-    """Adds the rows of some slots to the logs that are open."""
+    """Adds the rows of some slots to the logs that are open; in compiled code nothing."""
+    if torch.compiler.is_compiling():
+        return
     replicated = ctx.moe == "tp" and (
         ctx.tp_rank != 0 or (ctx.phase is ForwardPhase.DECODE and ctx.cp_rank != 0)
     )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from qwen3cp.ops import rules
-from qwen3cp.ops.checks import check_dtype, check_float, check_shape, refuse
+from qwen3cp.ops.checks import are_symbols, check_dtype, check_float, check_shape, refuse
 from qwen3cp.ops.rules import Rule
 
 OP = "npu_fused_infer_attention_score"
@@ -422,6 +422,8 @@ def _packed_lengths(
 
 def _differences(name: str, ends: Sequence[int], total: int) -> list[int]:
     lengths = [end - start for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+    if are_symbols(*ends, total):
+        return lengths
     if min(lengths) < 0:
         raise rules.ATTENTION_CUMULATIVE.broken(
             f"{name} must be cumulative, so never decrease: {list(ends)}"
@@ -447,6 +449,8 @@ def _padded_lengths(name: str, lengths: Sequence[int] | None, batch: int, limit:
 
 
 def _bounded(name: str, lengths: list[int], limit: int) -> list[int]:
+    if are_symbols(*lengths, limit):
+        return lengths
     if lengths and not 0 <= min(lengths) <= max(lengths) <= limit:
         raise rules.ATTENTION_LENGTH.broken(f"{name} must be between 0 and {limit}: {lengths}")
     return lengths
@@ -457,6 +461,8 @@ def _check_blocks(block_table: Tensor, key: Tensor, kv_lengths: list[int], block
         raise rules.ATTENTION_TABLE.broken(
             f"block_table has {block_table.shape[0]} rows for {len(kv_lengths)} requests"
         )
+    if are_symbols(*kv_lengths, key.shape[0]):
+        return
     if sum(kv_lengths) == 0:
         raise rules.ATTENTION_NO_KEYS.broken(
             "with a block_table, at least one request must have keys"
@@ -510,6 +516,8 @@ def _check_geometry(
     pre_tokens: int,
     next_tokens: int,
 ) -> None:
+    if are_symbols(*q_lengths, *kv_lengths):
+        return
     if sparse_mode == 3 and packed:
         for request, (q, kv) in enumerate(zip(q_lengths, kv_lengths, strict=True)):
             if q > kv:

@@ -22,6 +22,12 @@ class Kernel(NamedTuple):
     check: Callable  # takes the operator's arguments, raises by the first rule that they break
 
 
+def are_symbols(*numbers: int) -> bool:
+    """Whether any is a symbol of a graph that is being compiled. Its value must not be looked at:
+    the graph would be of that value alone. The CPU kernel sees the number when the graph runs."""
+    return any(isinstance(number, torch.SymInt) for number in numbers)
+
+
 def check_float(rule: Rule, **tensors: Tensor) -> None:
     """Accept bfloat16, and float32 as an extension for comparisons; all tensors alike."""
     (first_name, first), *rest = tensors.items()
