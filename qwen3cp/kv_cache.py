@@ -333,8 +333,8 @@ class PagedKVCache:
         last = self._pages_of(sequence.length) - 1
         source, target = sequence._pages[last], self._take()
         for layer in self._layers:
-            for pages in layer.pages():
-                pages[target] = pages[source]
+            pages = layer.rows.view(2, -1, self.page_size, self.kv_width)
+            pages[:, target] = pages[:, source]
         self._references[source] -= 1
         sequence._pages[last] = target
 
