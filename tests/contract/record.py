@@ -114,10 +114,11 @@ def bytes_of_logits(cp: int, tp: int, path: Path) -> list[str]:
         sequence = cache.new_sequence()
         comm = CommConfig(kv_gather="int8", exchange="all_to_all", exchange_rows="int8")
         with model.parallel_context.communication(comm if cp > 1 else CommConfig()):
-            for run, ids in (
+            steps: list[tuple[Any, Any]] = [
                 (model.prefill, random_ids(5, 200)),
                 (model.prefill, random_ids(6, 57)),
                 (model.decode, [9]),
-            ):
+            ]
+            for run, ids in steps:
                 found.append(run(cache, [sequence], ids).numpy().tobytes().hex())
     return found

@@ -106,17 +106,15 @@ def padded(dim: int = 16, batch: int = 2, rows: int = 3, **changes: Any) -> Call
 
 def decode(block_size: int = 16, **changes: Any) -> Call:
     """BSND with pages, one row a request."""
-    return padded(
-        **{
-            "rows": 1,
-            "key": t(4, block_size, 32),
-            "value": t(4, block_size, 32),
-            "actual_seq_lengths_kv": [20, 3],
-            "block_table": t(2, 2, dtype=int32),
-            "block_size": block_size,
-        }
-        | changes
-    )
+    arguments: dict[str, Any] = {
+        "rows": 1,
+        "key": t(4, block_size, 32),
+        "value": t(4, block_size, 32),
+        "actual_seq_lengths_kv": [20, 3],
+        "block_table": t(2, 2, dtype=int32),
+        "block_size": block_size,
+    }
+    return padded(**(arguments | changes))
 
 
 def caches(*shape: int) -> dict[str, Any]:
@@ -355,7 +353,8 @@ def routing(
         "active_expert_range": [0, 4],
         "quant_mode": -1,
     } | changes
-    options.pop(drop, None)
+    if drop is not None:
+        del options[drop]
     return (t(rows, 8, dtype=dtype), t(5, 2, dtype=index_dtype)), options
 
 
@@ -400,7 +399,8 @@ def grouped(
         "group_type": 0,
         "split_item": 2,
     } | changes
-    options.pop(drop, None)
+    if drop is not None:
+        del options[drop]
     return ([x], [weight]), options
 
 

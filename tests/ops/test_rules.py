@@ -34,12 +34,12 @@ def test_rules_say_where_they_are_from(name):
     rule = RULES[name]
     assert re.search(r"API page|CANN aclnn|ops-transformer|op-plugin|torch_npu", rule.source)
     assert rule.text and not rule.text.endswith(".")
-    assert rule.error in (TypeError, ValueError, NotImplementedError)
+    assert rule.error in (TypeError, ValueError, NotImplementedError, IndexError)
 
 
 def refusal(function, call):
     args, kwargs = call
-    with pytest.raises((TypeError, ValueError, NotImplementedError)) as raised:
+    with pytest.raises((TypeError, ValueError, NotImplementedError, IndexError)) as raised:
         function(*args, **kwargs)
     return raised.value
 
@@ -110,15 +110,30 @@ def test_a_call_may_name_the_operator_as_a_dispatch_mode_does():
         check_call("npu_conv2d", call)
 
 
-def test_what_only_data_can_break():
-    """Meta tensors have no data: these two calls differ in nothing else."""
-    wrong = packed()
-    args, kwargs = on("cpu", wrong)
-    kwargs["atten_mask"].zero_()
-    with pytest.raises(ValueError, match="triu"):
-        npu.npu_fused_infer_attention_score(*args, **kwargs)
-    npu.npu_fused_infer_attention_score(*wrong[0], **wrong[1])
-    assert [name for name, rule in RULES.items() if rule.needs_data] == ["ATTENTION_TEMPLATE_DATA"]
+DATA = {
+    "ATTENTION_TEMPLATE_DATA": (packed(), "atten_mask", 0),
+    "SCATTER_RANGE": (CASES["SCATTER_UPDATES"].accepted, 1, 4),
+    "SCATTER_UNIQUE": (((t(4, 3), t(2, 1, dtype=torch.int64), t(2, 3)), {}), 1, 0),
+    "GROUPED_ROWS": (CASES["GROUPED_LIST"].accepted, "group_list", 4),
+    "UNPERMUTE_INDEX": (CASES["UNPERMUTE_SHAPES"].accepted, 1, -1),
+}
+
+
+def test_every_rule_that_needs_data_has_a_case():
+    assert sorted(DATA) == sorted(set(RULES) - set(CHECKED))
+
+
+@pytest.mark.parametrize("name", DATA)
+def test_what_only_data_can_break(name):
+    """The kernel refuses what a meta tensor cannot show."""
+    rule = RULES[name]
+    call, where, value = DATA[name]
+    args, kwargs = on("cpu", call)
+    (kwargs if isinstance(where, str) else args)[where].fill_(value)
+    error = refusal(operator(rule.op), (args, kwargs))
+    assert type(error) is rule.error and str(error).endswith(f"[{rule.source}]")
+    operator(rule.op)(*call[0], **call[1])
+    check_call(rule.op, *call)
 
 
 def test_every_rule_is_used():
