@@ -104,6 +104,36 @@ def test_what_the_settings_change_is_recorded(recorded):
     assert {"[0, 4]", "[4, 8]", "[8, 12]", "[12, 16]"} <= ranges
 
 
+def test_shapes_of_the_call_map(recorded):
+    """Those that docs/npu.md gives: 184 rows on CP 2 x TP 2, heads of 64."""
+    (name,) = [n for n in recorded if "cp 2, tp 2" in n and "'kv_gather': 'int8'" in n]
+    num_rows, rows, heads, kv_heads, dim = 184, 92, 4, 2, 64
+    width = kv_heads * dim
+    for steps in recorded[name]:
+        calls = [json.loads(text) for text in steps["prefill"]]
+
+        def of(op: str, calls=calls) -> list[dict]:
+            return [call for call in calls if call["op"] == op]
+
+        rotated = [call["args"][0]["shape"] for call in of("npu_rotary_mul")]
+        assert sorted(rotated) == [[1, rows, kv_heads, dim], [1, rows, heads, dim]]
+        (packed,) = of("npu_dynamic_quant")
+        assert packed["args"][0]["shape"] == [2 * rows * kv_heads, dim]
+        (write,) = of("npu_scatter_nd_update_")
+        cache, slots, updates = (each["shape"] for each in write["args"])
+        assert updates == [2 * num_rows, width] and slots == [2 * num_rows, 1]
+        assert cache == [2 * 24 * 128, width]
+        (attention,) = of("npu_fused_infer_attention_score")
+        options = attention["kwargs"]
+        assert attention["args"][0]["shape"] == [rows, heads, dim]
+        assert (options["input_layout"], options["sparse_mode"]) == ("TND", 3)
+        assert options["atten_mask"]["shape"] == [2048, 2048]
+        assert options["actual_seq_lengths"][-1] == rows
+        assert len(options["actual_seq_lengths_kv"]) == len(options["actual_seq_lengths"])
+        (gating,) = of("npu_moe_gating_top_k_softmax")
+        assert gating["args"][0] == {"shape": [rows, 16], "stride": [16, 1], "dtype": "float32"}
+
+
 # Against torch_npu
 
 
