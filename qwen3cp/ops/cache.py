@@ -36,9 +36,9 @@ def scatter_nd_update_(input: Tensor, indices: Tensor, updates: Tensor) -> Tenso
     for column, size in zip(columns, input.shape, strict=False):
         low, high = int(column.min()), int(column.max())
         if low < 0 or high >= size:
-            raise IndexError(f"{_SCATTER}: indices {low}..{high} do not fit a size of {size}")
+            raise rules.SCATTER_RANGE.broken(f"indices {low}..{high} do not fit a size of {size}")
     if settings.debug and rows.unique(dim=0).shape[0] != rows.shape[0]:
-        raise ValueError(f"{_SCATTER}: duplicate indices, the order of the writes is undefined")
+        raise rules.SCATTER_UNIQUE.broken("duplicate indices, the order of the writes is undefined")
     input.index_put_(columns, updates.reshape(-1, *input.shape[depth:]))
     return input
 

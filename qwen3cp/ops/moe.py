@@ -381,10 +381,10 @@ def grouped_matmul(x: Sequence[Tensor], weight: Sequence[Tensor], **options) -> 
     counts = group_list if is_counts else group_list.diff(prepend=group_list.new_zeros(1))
     sizes: list[int] = counts.tolist()
     if min(sizes, default=0) < 0:
-        raise ValueError(f"{_GROUPED}: group_list has a negative group: {sizes}")
+        raise rules.GROUPED_ROWS.broken(f"group_list has a negative group: {sizes}")
     if sum(sizes) > rows.shape[0]:
-        raise ValueError(
-            f"{_GROUPED}: group_list needs {sum(sizes)} rows, but x has {rows.shape[0]}"
+        raise rules.GROUPED_ROWS.broken(
+            f"group_list needs {sum(sizes)} rows, but x has {rows.shape[0]}"
         )
     out = rows.new_empty(rows.shape[0], experts.shape[2])
     start = 0
@@ -495,7 +495,7 @@ def token_unpermute(
         return out.zero_()
     indices = sorted_indices.view(num_tokens, num_choices)
     if indices.numel() and int(indices.min()) < 0:
-        raise IndexError(f"{_UNPERMUTE}: sorted_indices has negative entries")
+        raise rules.UNPERMUTE_INDEX.broken("sorted_indices has negative entries")
     if probs is None:
         probs = indices.new_ones(indices.shape, dtype=torch.float32)
     skip = (indices >= num_rows) | (probs == 0)

@@ -235,6 +235,20 @@ SCATTER_UPDATES = Rule(
     f"{_SCATTER_PAGE}, updates",
 )
 
+SCATTER_RANGE = Rule(
+    _SCATTER,
+    "indices lie within input; the NPU does not look",
+    f"{_SCATTER_PAGE}, indices",
+    IndexError,
+    needs_data=True,
+)
+SCATTER_UNIQUE = Rule(
+    _SCATTER,
+    "no entry is written twice, which of them stays is open (looked at with QWEN3CP_DEBUG_OPS=1)",
+    "CANN aclnnScatterNdUpdate, constraints",
+    needs_data=True,
+)
+
 # ------------------------------------------------------------------------------------------- norms
 
 _RMS = "npu_rms_norm"
@@ -399,6 +413,13 @@ GROUPED_MAX_GROUPS = Rule(
 GROUPED_BIAS_DTYPE = Rule(_GROUPED, "bias is float32", f"{_GROUPED_PAGE}, table 2", TypeError)
 GROUPED_BIAS = Rule(_GROUPED, "bias is one tensor [E, N]", f"{_GROUPED_PAGE}, bias")
 
+GROUPED_ROWS = Rule(
+    _GROUPED,
+    "no group is negative, and together they have no more rows than x",
+    f"{_GROUPED_PAGE}, group_list; CANN aclnnGroupedMatmulV5, constraints",
+    needs_data=True,
+)
+
 # ------------------------------------------------------------------------------------------ swiglu
 
 _SWIGLU = "npu_swiglu"
@@ -435,6 +456,14 @@ UNPERMUTE_K = Rule(
     _UNPERMUTE,
     "K is 1 to 512",
     f"{_UNPERMUTE_PAGE}, constraints; ops-transformer moe_token_unpermute_tiling.cpp",
+)
+
+UNPERMUTE_INDEX = Rule(
+    _UNPERMUTE,
+    "sorted_indices are not negative; the NPU does not look",
+    "ops-transformer moe_token_unpermute, the kernel",
+    IndexError,
+    needs_data=True,
 )
 
 # -------------------------------------------------------------------------------------------- quant
