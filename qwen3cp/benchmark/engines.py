@@ -12,13 +12,12 @@ import torch
 from transformers import DynamicCache, Qwen3MoeForCausalLM
 from transformers.utils import logging as transformers_logging
 
+from qwen3cp.benchmark.ways import Way, Workload
 from qwen3cp.config import check_supported
 from qwen3cp.kv_cache import DEFAULT_PAGE_SIZE
 from qwen3cp.model import CPQwen3MoeForCausalLM
 from qwen3cp.ops import settings as kernel_settings
 from qwen3cp.parallel import ForwardPhase, ParallelContext, default_device
-
-from qwen3cp.benchmark.ways import Way, Workload
 
 __all__ = ["Engine", "OurEngine", "Run", "TransformersEngine", "synchronize"]
 
@@ -46,23 +45,8 @@ class Run(Protocol):
         ...
 
 
-class Engine(Protocol):
-    """A loaded model."""
-
-    model: torch.nn.Module
-    device: torch.device
-
-    def start(self, way: Way, workload: Workload) -> Run:
-        """Collective over the ranks of a copy, as is all that the run does."""
-        ...
-
-    def prepare(self, phase: ForwardPhase) -> None:
-        """Called before each phase of a run, outside the time that is taken."""
-        ...
-
-
 class OurEngine:
-    """Loading is collective over the replica."""
+    """Loading, `start` and what the run does are collective over the replica."""
 
     def __init__(self, model_path: str, dtype: str, ctx: ParallelContext) -> None:
         self.model = CPQwen3MoeForCausalLM.from_pretrained(
@@ -76,7 +60,7 @@ class OurEngine:
         return _OurRun(self.model, way, workload)
 
     def prepare(self, phase: ForwardPhase) -> None:
-        pass
+        """Before each phase of a run, outside the time that is taken: nothing to do."""
 
 
 class _OurRun:
@@ -122,7 +106,7 @@ class TransformersEngine:
         self.device = default_device()
         transformers_logging.disable_progress_bar()
         self.model = Qwen3MoeForCausalLM.from_pretrained(
-            model_path, dtype="auto" if dtype == "auto" else getattr(torch, dtype)
+            model_path, dtype=getattr(torch, dtype)
         ).to(self.device)  # pyright: ignore[reportArgumentType]
         self.model.eval()
         self.chosen: dict[ForwardPhase, str] = {}
@@ -134,6 +118,7 @@ class TransformersEngine:
         return _TransformersRun(self.model)
 
     def prepare(self, phase: ForwardPhase) -> None:
+        """Before each phase of a run, outside the time that is taken."""
         self.model.set_experts_implementation(self.chosen[phase])
 
     def choose_experts(self, prompts: torch.Tensor) -> None:
@@ -167,6 +152,9 @@ class TransformersEngine:
         values = 3 * config.moe_intermediate_size * config.hidden_size * config.num_experts_per_tok
         copied = num_rows * values * self.model.dtype.itemsize
         return name != "batched_mm" or copied <= LARGEST_COPY
+
+
+Engine = OurEngine | TransformersEngine
 
 
 class _TransformersRun:
@@ -212,4 +200,3 @@ def synchronize(device: torch.device) -> None:
     """Waits for what a device has been given to do."""
     if device.type != "cpu":
         torch.get_device_module(device).synchronize()
-

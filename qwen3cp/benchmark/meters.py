@@ -15,7 +15,6 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qwen3cp import collectives
-
 from qwen3cp.benchmark.engines import synchronize
 
 __all__ = ["PARTS", "MemoryMeter", "PartTimer"]
@@ -92,7 +91,7 @@ class PartTimer(TorchDispatchMode):
         super().__init__()
         self._model, self._device = model, device
         self._scopes = ["model"]
-        self.seconds = dict.fromkeys(PARTS, 0.0)
+        self.seconds: dict[str, float] = dict.fromkeys(PARTS, 0.0)
         self.num_operators = 0
 
     @contextmanager
@@ -127,7 +126,11 @@ class PartTimer(TorchDispatchMode):
         return enter, leave
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         self.num_operators += 1
         if func.namespace in ("c10d", "_c10d_functional"):  # whose time is that of the collective

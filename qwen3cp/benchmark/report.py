@@ -190,6 +190,8 @@ class Report:
             console.print(self._results_table())
             if any(result.shares for result in self.results):
                 console.print(self._shares_table())
+            if any(rank.prefill_communication for r in self.results for rank in r.ranks):
+                console.print(self._communication_table())
             if self.ratios:
                 console.print(self._ratios_table())
             for result in self.results:
@@ -202,7 +204,7 @@ class Report:
         return text.get().rstrip()
 
     def _results_table(self) -> Table:
-        table = Table("way", title="medians (lowest to highest)")
+        table = Table("way", title="medians")
         for name in (
             "batch",
             "prompt",
@@ -212,7 +214,6 @@ class Report:
             "tokens/s",
             "parameters + cache, MiB",
             "beyond, MiB",
-            "moved, MiB",
         ):
             table.add_column(name, justify="right")
         for result in self.results:
@@ -222,13 +223,12 @@ class Report:
                 result.way,
                 str(result.batch_size),
                 str(result.prompt_tokens),
-                _spread(result.seconds_to_first_token, 1, 3),
+                f"{result.seconds_to_first_token.median:.3f}",
                 f"{result.prefill_tokens_per_second.median:.0f}",
-                _spread(steps, 1e3, 2) if steps else "",
+                f"{steps.median * 1e3:.2f}" if steps else "",
                 f"{rate.median:.1f}" if rate else "",
                 f"{_mebibytes(rank.parameter_bytes)} + {_mebibytes(rank.cache_bytes)}",
                 _mebibytes(rank.prefill_grown_bytes),
-                _mebibytes(max(sum(r.prefill_communication.values()) for r in result.ranks)),
             )
         return table
 
@@ -247,8 +247,32 @@ class Report:
                 )
         return table
 
+    def _communication_table(self) -> Table:
+        table = Table("way", "batch", "prompt", "kind", title="received, by the rank with the most")
+        table.add_column("prefill, MiB", justify="right")
+        table.add_column("a decode step, KiB", justify="right")
+        for result in self.results:
+            kinds = ({**r.prefill_communication, **r.decode_communication} for r in result.ranks)
+            for kind in dict.fromkeys(kind for of_rank in kinds for kind in of_rank):
+                prefill = max(r.prefill_communication.get(kind, 0) for r in result.ranks)
+                decode = max(r.decode_communication.get(kind, 0) for r in result.ranks)
+                table.add_row(
+                    result.way,
+                    str(result.batch_size),
+                    str(result.prompt_tokens),
+                    kind,
+                    f"{prefill / 2**20:.3f}",
+                    f"{decode / 2**10:.2f}",
+                )
+        return table
+
     def _ratios_table(self) -> Table:
-        table = Table("", "way", "against", title="tokens/s, ratios within a repeat")
+        table = Table(
+            "",
+            "way",
+            "against",
+            title="tokens/s against each other, median (lowest to highest) of the repeats",
+        )
         for name in ("batch", "prompt", "ratio"):
             table.add_column(name, justify="right")
         for ratio in self.ratios:
@@ -258,7 +282,7 @@ class Report:
                 ratio.against,
                 str(ratio.batch_size),
                 str(ratio.prompt_tokens),
-                _spread(ratio.ratio, 1, 2),
+                _spread(ratio.ratio, 2),
             )
         return table
 
@@ -465,10 +489,8 @@ def _draw(axes: Any, lengths: list[int], values: list[Spread], label: str) -> No
     axes.errorbar(lengths, medians, yerr=(low, high), marker="o", capsize=3, label=label)
 
 
-def _spread(value: Spread, scale: float, digits: int) -> str:
-    median, low, high = (
-        f"{x * scale:.{digits}f}" for x in (value.median, value.low, value.high)
-    )
+def _spread(value: Spread, digits: int) -> str:
+    median, low, high = (f"{x:.{digits}f}" for x in (value.median, value.low, value.high))
     return f"{median} ({low} to {high})"
 
 

@@ -29,7 +29,9 @@ WARM_UP_TOKENS = 128
 PHASES = (ForwardPhase.PREFILL, ForwardPhase.DECODE)
 
 
-def run_benchmark(settings: Settings, on_step: Callable[[str], None] | None = None) -> Report | None:
+def run_benchmark(
+    settings: Settings, on_step: Callable[[str], None] | None = None
+) -> Report | None:
     """Measures, and returns the report on rank 0. Collective over the whole world.
 
     Args:
@@ -65,7 +67,7 @@ class _Runner:
                     timeout=settings.timeout,
                 )
         self.rank = dist.get_rank() if dist.is_initialized() else 0
-        self.group = dist.new_group(backend="gloo", timeout=WAIT) if world > 1 else None
+        self.group: Any = dist.new_group(backend="gloo", timeout=WAIT) if world > 1 else None
         self.engines: dict[Any, Engine] = {}
 
     def run(self) -> Report | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from itertools import product
 from typing import Any, Literal
@@ -32,7 +33,8 @@ class Way:
     float32_scores: bool = False
     """Attention scores of the CPU kernel in float32, which is nothing new in float32."""
     copies: int = 1
-    """Replicas that run it at the same time, each on ranks of its own."""
+    """Replicas that run it at the same time, each on ranks of its own. More than one only where a
+    copy has one rank."""
 
     @property
     def num_ranks(self) -> int:
@@ -88,16 +90,17 @@ class Settings:
 
     @property
     def num_ranks(self) -> int:
-        """The ranks that the ways need."""
-        return max(way.num_ranks * way.copies for way in self.ways)
+        """The fewest ranks that all ways fit into."""
+        multiple = math.lcm(*(way.num_ranks for way in self.ways))
+        return multiple * -(-max(way.copies for way in self.ways) // multiple)
 
     def check_world(self, world_size: int) -> None:
         """Raises ParallelConfigError unless the ways fit into so many ranks."""
         for way in self.ways:
             if world_size % way.num_ranks or way.num_ranks * way.copies > world_size:
                 raise ParallelConfigError(
-                    f"{way.name}: {way.num_ranks * way.copies} ranks do not fit into a world of "
-                    f"{world_size}: the ranks of every topology must divide those of the world"
+                    f"{way.name}: this does not fit into a world of {world_size} ranks: start "
+                    f"{self.num_ranks}, or change the sizes"
                 )
 
     def check_model(self, config: Qwen3MoeConfig) -> None:
