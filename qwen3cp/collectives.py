@@ -662,10 +662,10 @@ def _named_failure(what: str) -> Iterator[None]:
     start = time.perf_counter() if spans is not None else 0.0
     try:
         yield
+        if spans is not None:
+            spans.append(CollectiveSpan(what, start, time.perf_counter()))
     except RuntimeError as error:
         raise CommunicationError(
             f"the collective {what} failed: {error}\nAnother rank has probably ended or hangs; "
             "look for the first error among the ranks, and start all of them again"
         ) from error
-    if spans is not None:
-        spans.append(CollectiveSpan(what, start, time.perf_counter()))
