@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import given
+from hypothesis import settings as examples
 from hypothesis import strategies as st
 from scipy.stats import hmean
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -281,10 +282,8 @@ def test_every_form_of_communication(ranks):
     exact, int8 = by_way["cp=1 tp=2 bfloat16"], by_way["cp=1 tp=2 bfloat16, int8=two_step"]
     assert len(by_way) == 5 and "cp=1 tp=2 bfloat16, moe=ep" in by_way
     rows = SMALL.batch_size * SMALL.prompt_tokens
-    for result, sent in (
-        (exact, HIDDEN * 2),
-        (int8, HIDDEN + 4),
-    ):  # of a row: two ranks, two halves
+    # of a row, of which each of two ranks sums a half and receives the other
+    for result, sent in ((exact, HIDDEN * 2), (int8, HIDDEN + 4)):
         moved = [rank["prefill_communication"]["all_reduce"] for rank in result["ranks"]]
         assert moved == [2 * LAYERS * rows * sent] * 2
         # in one step, which is exact
@@ -364,18 +363,19 @@ def test_ranks_that_cannot_load(tmp_path):
         env={**os.environ, marker: "1"},
     )
     assert (done.returncode, done.stdout) == (2, "")
-    assert [line for line in done.stderr.splitlines() if "rror" in line] == [
-        f"error: {tmp_path} has neither model.safetensors nor model.safetensors.index.json"
-    ]
+    (line,) = [line for line in done.stderr.splitlines() if "rror" in line]
+    assert line.startswith(f"error: {tmp_path} has neither model.safetensors.index.json nor ")
     assert processes_with(marker) == []
 
 
 # --------------------------------------------------------------------------------- ways and worlds
 
 
+few = examples(max_examples=30)
 sizes = st.lists(st.sampled_from([1, 2, 3, 4]), min_size=1, max_size=3, unique=True)
 
 
+@few
 @given(
     dtypes=st.lists(st.sampled_from(["bfloat16", "float32"]), min_size=1, unique=True),
     cp=sizes,
@@ -407,7 +407,7 @@ def test_ways_are_all_combinations_that_differ(
     assert len(ways) - len(ours) == len(dtypes) * transformers
     assert {(way.cp, way.tp) for way in ours} == {(c, t) for c in cp for t in tp}
     for way in ours:
-        if way.tp == 1 or "int8" not in "".join(int8) + "auto":
+        if way.tp == 1:
             assert way.comm.all_reduce == "exact"
         if way.cp == 1:
             assert way.comm.kv_gather == "exact"
@@ -539,7 +539,8 @@ def test_logits_are_compared():
         for way, x in zip(ways, logits, strict=True)
     ]
     ours, theirs = Report.of(settings_of(*ways), of_ways).results
-    assert (ours.logits_difference, ours.logits_against) == (4 / 3, theirs.way)
+    assert ours.logits_difference == pytest.approx(4 / 3)
+    assert ours.logits_against == theirs.way
     assert (theirs.logits_difference, theirs.logits_against) == (None, None)
 
 
@@ -555,7 +556,8 @@ def test_memory_beyond_what_was_held():
     for _ in range(2):
         torch.ones(64 << 20, dtype=torch.uint8)  # freed at once
     grown = meter.grown_bytes
-    assert grown is not None and 64 << 20 <= grown < 80 << 20
+    # the system counts pages of each thread apart, and adds them up a little late
+    assert grown is not None and 63 << 20 < grown < 80 << 20
     assert meter.peak_resident_bytes is not None and meter.peak_resident_bytes > 96 << 20
     assert meter.peak_device_bytes is None
     meter.start()
@@ -634,7 +636,7 @@ def test_transformers_takes_its_fastest_experts(monkeypatch):
 
 def spans_of_a_prefill() -> list[tuple[str, bool]]:
     model = load(CHECKPOINT, 2, 1)
-    cache = model.new_kv_cache(max_tokens=16)
+    cache = model.new_kv_cache(num_pages=3)
     with collectives.time_collectives() as spans:
         model.prefill(cache, [cache.new_sequence()], random_ids(0, 16))
     ends = [span.end for span in spans]
