@@ -12,6 +12,7 @@ from typing import Annotated
 
 import typer
 
+from qwen3cp.benchmark.command import bench
 from qwen3cp.options import (
     AsJson,
     Cp,
@@ -194,6 +195,9 @@ def report_comm(
         as_json=as_json,
     )
     on_ranks(options, lambda ctx: report_communication(options, ctx))
+
+
+app.command()(bench)
 
 
 @app.command()

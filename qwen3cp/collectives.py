@@ -12,6 +12,7 @@ from the others, broadcast the message on every receiver.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -32,6 +33,7 @@ _reduce_scatter_into = getattr(dist, "reduce_scatter_single", None) or dist.redu
 _all_to_all = dist.all_to_all_single
 
 __all__ = [
+    "CollectiveSpan",
     "CommunicationLog",
     "CommunicationRecord",
     "Message",
@@ -51,6 +53,7 @@ __all__ = [
     "receive",
     "record_communication",
     "send_to_first",
+    "time_collectives",
 ]
 
 
@@ -109,6 +112,34 @@ def record_communication() -> Iterator[CommunicationLog]:
         yield log
     finally:
         _open_logs.reset(token)
+
+
+@dataclass(frozen=True)
+class CollectiveSpan:
+    """While this rank was inside a collective: starting it, waiting for it, or both."""
+
+    what: str
+    """Its kind and where; a gather that is started and waited for has two spans."""
+    start: float
+    end: float
+    """Seconds of `time.perf_counter`."""
+
+
+_open_spans: ContextVar[list[CollectiveSpan] | None] = ContextVar("open_spans", default=None)
+
+
+@contextmanager
+def time_collectives() -> Iterator[list[CollectiveSpan]]:
+    """Lists when this rank was inside the collectives of the block, in order.
+
+    On an NPU, whose collectives are only enqueued, that is the time of the host.
+    """
+    spans: list[CollectiveSpan] = []
+    token = _open_spans.set(spans)
+    try:
+        yield spans
+    finally:
+        _open_spans.reset(token)
 
 
 @dataclass(frozen=True)
@@ -639,8 +670,12 @@ def _record(
 @contextmanager
 def _named_failure(what: str) -> Iterator[None]:
     """torch.distributed's errors, which are RuntimeErrors of the backend, as ours."""
+    spans = _open_spans.get()
+    start = time.perf_counter() if spans is not None else 0.0
     try:
         yield
+        if spans is not None:
+            spans.append(CollectiveSpan(what, start, time.perf_counter()))
     except RuntimeError as error:
         raise CommunicationError(
             f"the collective {what} failed: {error}\nAnother rank has probably ended or hangs; "

@@ -99,6 +99,14 @@ def test_command(command, tmp_path, monkeypatch, capfd):
         stdout, stderr = capfd.readouterr()
         assert (ended.value.code or 0) == 0, stderr
         assert stdout.startswith(f"{words[2]} is whole: " if words[1] == "check" else words[3])
+    elif words[:2] == ["qwen3cp", "bench"]:
+        monkeypatch.setattr(sys, "argv", words)
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        stdout, stderr = capfd.readouterr()
+        assert (ended.value.code or 0) == 0, stderr
+        shown = "transformers bfloat16" if "--against" in words else "cp=2 tp=1 bfloat16"
+        assert f"{shown} " in stdout
     elif words[0] == "torchrun":  # made for 8 NPUs: here 2 CPU ranks, and the bundled checkpoint
         assert words[1:6] == ["--nproc-per-node", "8", "-m", "qwen3cp.cli", "generate"]
         assert words[7:11] == ["--cp", "2", "--tp", "4"]
@@ -352,6 +360,21 @@ def test_accuracy_of_int8_communication_is_what_was_measured(monkeypatch):
         for topology, settings in module.SETTINGS.items()
         for name in ("exact", *settings)
     ]
+
+
+def test_performance_is_what_was_measured(monkeypatch):
+    folder = ROOT / "docs" / "benchmarks"
+    monkeypatch.syspath_prepend(str(folder))
+    module = importlib.import_module("performance")
+    results = json.loads((folder / "performance.json").read_text())
+    assert set(results) == set(module.STEPS)
+    found = module.tables(results)
+    places = set()
+    for page in module.PAGES:
+        text = page.read_text()
+        assert text == module.filled(text, found)
+        places |= set(re.findall(r"<!-- table (\w+) -->", text))
+    assert places == set(found)
 
 
 def test_what_the_check_exchanges():
