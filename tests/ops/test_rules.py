@@ -89,8 +89,11 @@ def test_float32_is_refused_where_only_the_cpu_kernels_take_it():
         ("npu_dynamic_quant", quant),
     ):
         check_call(name, args, kwargs)
-        with pytest.raises(TypeError, match="float32 is for comparisons"):
-            check_call(name, args, kwargs, npu_dtypes=True)
+        names = [argument.name for argument in operator(name).default._schema.arguments]
+        by_name = {**dict(zip(names, args, strict=False)), **kwargs}
+        for call in ((args, kwargs), ((), by_name)):
+            with pytest.raises(TypeError, match="float32 is for comparisons"):
+                check_call(name, *call, npu_dtypes=True)
     check_call(
         "npu_rms_norm", (t(2, 8, dtype=torch.float32), t(8, dtype=torch.float32)), npu_dtypes=True
     )
