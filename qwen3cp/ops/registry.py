@@ -20,10 +20,11 @@ KERNELS: dict[str, Kernel] = {
     **quant.KERNELS,
 }
 
-# Operators of which the CPU kernels take float32, for comparisons, and the NPU does not.
+# Operators of which the CPU kernels take float32, for comparisons, and the NPU does not: the rule,
+# and the name of the first argument.
 _NO_FLOAT32 = {
-    rules.ATTENTION_DTYPE.op: rules.ATTENTION_DTYPE,
-    rules.QUANT_DTYPE.op: rules.QUANT_DTYPE,
+    rules.ATTENTION_DTYPE.op: (rules.ATTENTION_DTYPE, "query"),
+    rules.QUANT_DTYPE.op: (rules.QUANT_DTYPE, "input"),
 }
 
 
@@ -59,8 +60,10 @@ def check_call(
     """
     name = op if isinstance(op, str) else op.name()
     name = name.removeprefix("npu::").removesuffix(".default")
-    KERNELS[name].check(*args, **(kwargs or {}))
-    first = args[0] if args else None
-    if npu_dtypes and name in _NO_FLOAT32 and isinstance(first, Tensor):
+    kwargs = kwargs or {}
+    KERNELS[name].check(*args, **kwargs)
+    if npu_dtypes and name in _NO_FLOAT32:
+        rule, argument = _NO_FLOAT32[name]
+        first: Tensor = args[0] if args else kwargs[argument]
         if first.dtype == torch.float32:
-            raise _NO_FLOAT32[name].broken("float32 is for comparisons on a CPU, pass bfloat16")
+            raise rule.broken("float32 is for comparisons on a CPU, pass bfloat16")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -83,6 +84,7 @@ def environment(folder: Path, *paths: Path) -> dict[str, str]:
 def _unpack_wheel(version: str, download: Path, site: Path) -> None:
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
     command += ["--disable-pip-version-check", "--only-binary", ":all:", "-d", str(download)]
+    command += shlex.split(os.environ.get("PIP_ARGS", ""))  # as the Makefile
     done = subprocess.run([*command, f"torch_npu=={version}"], capture_output=True, text=True)
     wheels = list(download.glob("*.whl"))
     if done.returncode or len(wheels) != 1:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 from torch.utils._pytree import tree_map
 
 importlib.import_module("qwen3cp.ops")
@@ -35,10 +36,21 @@ def t(*shape: int, dtype: torch.dtype = bfloat16) -> Tensor:
 
 
 def on(device: str, call: Call) -> Call:
-    """The call with tensors of zeros on a device; the mask of modes 2 to 4 is the template."""
+    """The call with tensors of zeros on a device; the mask of modes 2 to 4 is the template. "fake"
+    are fake CPU tensors."""
     args, kwargs = call
     if device == "meta":
         return call
+    if device == "fake":
+        with FakeTensorMode():
+            return tree_map(
+                lambda x: (
+                    torch.empty_strided(x.shape, x.stride(), dtype=x.dtype)
+                    if isinstance(x, Tensor)
+                    else x
+                ),
+                call,
+            )
 
     def make(x: Any) -> Any:
         if not isinstance(x, Tensor):
