@@ -114,8 +114,9 @@ class StepCounts:
     peak_activation_bytes: int
     """Live tensors other than parameters, constants, keys and values, where they are most.
     What a kernel needs inside is not a part of it."""
-    peak_at: str
-    """The operator that ran there, and its layer."""
+    peak_operator: str
+    """The operator that ran there, and its layer if it is one's."""
+    peak_layer: int | None
 
     @property
     def flops(self) -> int:
