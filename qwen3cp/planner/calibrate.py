@@ -27,7 +27,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as Seq
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -40,6 +40,7 @@ from qwen3cp.errors import InputError, Qwen3CPError
 from qwen3cp.parallel import CommConfig
 from qwen3cp.planner.cost import predict
 from qwen3cp.planner.counts import DryRun
+from qwen3cp.planner.dry_run import dry_run
 from qwen3cp.planner.hardware import Efficiencies, load_hardware, read_json
 
 __all__ = [
@@ -224,10 +225,9 @@ def read_points(path: str | Path) -> list[Point]:
 
 def run_point(point: Point) -> DryRun:
     """The dry run of a point. Raises what `dry_run` raises."""
-    from qwen3cp.planner.dry_run import dry_run, load_config  # which needs the whole model code
 
     return dry_run(
-        load_config(point.model),
+        _config(point.model),
         model=point.model,
         cp_size=point.cp,
         tp_size=point.tp,
@@ -453,3 +453,11 @@ def _typed(cell: str, kind: str) -> Any:
 
 def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _config(name: str):
+    from qwen3cp.planner.models import known_config
+
+    config = known_config(name)
+    assert config is not None
+    return config

@@ -14,11 +14,13 @@ from rich.console import Group
 from rich.table import Table
 from transformers import Qwen3MoeConfig
 
-from qwen3cp.errors import InputError, ParallelConfigError, Qwen3CPError
+from qwen3cp.errors import InputError
 from qwen3cp.parallel import CommConfig
 from qwen3cp.planner.cost import Fit, Prediction, fit, predict
 from qwen3cp.planner.counts import DryRun
+from qwen3cp.planner.dry_run import dry_run
 from qwen3cp.planner.hardware import Efficiencies, Hardware
+from qwen3cp.planner.topology import Topology, why_illegal
 
 __all__ = [
     "CHUNKS",
@@ -30,8 +32,9 @@ __all__ = [
     "SearchResult",
     "Layout",
     "candidates",
-    "search",
+    "compare",
     "layouts",
+    "search",
 ]
 
 CHUNKS = (131072, 65536, 32768, 16384, 8192)
@@ -373,8 +376,6 @@ def search(
             raise InputError(f"{name} must be a positive integer, got {value!r}")
     if chunks is not None and not all(isinstance(c, int) and c > 0 for c in chunks):
         raise InputError(f"chunks must be positive numbers of tokens, got {list(chunks)}")
-    if count is None:
-        from qwen3cp.planner.dry_run import dry_run as count
     efficiencies = efficiencies or Efficiencies()
     work = _Workload(
         config=config,
@@ -383,7 +384,7 @@ def search(
         model=model,
         batch=batch,
         dtype=dtype,
-        count=count,
+        count=count or dry_run,
     )
     show: Progress = progress or (lambda items, _: items)
 
@@ -399,16 +400,11 @@ def search(
     refused += _without_room(too_large, ranked)
 
     ranked.sort(key=lambda r: (r.prediction.ttft_seconds, r.fit.needed_bytes))
-    best: dict[Layout, Ranked] = {}
+    best: dict[Layout, Candidate] = {}
     for each in ranked:
-        best.setdefault(each.candidate.layout, each)
-    curves = _Curves(work, list(best.values()), chunks)
-    grid = sorted({*(LENGTHS if lengths is None else lengths), prompt})
-    for length in show(grid, "prompt lengths"):
-        curves.at(length)
-    crossovers = [
-        c for low, high in zip(grid, grid[1:], strict=False) for c in curves.between(low, high)
-    ]
+        best.setdefault(each.candidate.layout, each.candidate)
+    found = _Curves(work, list(best.values()), chunks)
+    curves, crossovers = found.over({*(LENGTHS if lengths is None else lengths), prompt}, show)
     return SearchResult(
         model=model,
         hardware=hardware.name,
@@ -419,14 +415,43 @@ def search(
         efficiencies=efficiencies.to_dict(),
         ranked=tuple(ranked),
         refused=tuple(refused),
-        curves=tuple(curves.of(each.candidate.layout, grid) for each in best.values()),
-        crossovers=tuple(crossovers),
+        curves=curves,
+        crossovers=crossovers,
     )
 
 
-def _why_illegal(config: Qwen3MoeConfig, layout: Layout, comm: CommConfig | None) -> str | None:
-    from qwen3cp.planner.topology import Topology, why_illegal
+def compare(
+    config: Qwen3MoeConfig,
+    hardware: Hardware,
+    efficiencies: Efficiencies | None = None,
+    *,
+    run: DryRun,
+    lengths: Seq[int] | None = None,
+    progress: Progress | None = None,
+    count: Callable[..., DryRun] | None = None,
+) -> tuple[tuple[Curve, ...], tuple[Crossover, ...]]:
+    """Times over the prompt length of every legal CP x TP with the run's number of ranks, its
+    experts and its communication, and where another one becomes the best."""
+    work = _Workload(
+        config=config,
+        hardware=hardware,
+        efficiencies=efficiencies or Efficiencies(),
+        model=run.model,
+        batch=run.batch,
+        dtype=getattr(torch, run.dtype),
+        count=count or dry_run,
+    )
+    comm = CommConfig(**run.comm)
+    legal = [
+        Candidate(layout=layout, comm=comm, chunk=run.chunk)
+        for layout in layouts(run.world_size)
+        if layout.moe == run.moe and _why_illegal(config, layout, comm) is None
+    ]
+    grid = {*(LENGTHS if lengths is None else lengths), run.prompt}
+    return _Curves(work, legal, None).over(grid, progress or (lambda items, _: items))
 
+
+def _why_illegal(config: Qwen3MoeConfig, layout: Layout, comm: CommConfig | None) -> str | None:
     topology = Topology(
         cp_size=layout.cp_size,
         tp_size=layout.tp_size,
@@ -475,30 +500,44 @@ def _without_room(too_large: Seq[Ranked], ranked: Seq[Ranked]) -> Iterator[Refus
 
 
 class _Curves:
-    """Times of the best candidate of each topology at any prompt length."""
+    """Times of one candidate of each layout at any prompt length."""
 
-    def __init__(self, work: _Workload, best: Seq[Ranked], chunks: Seq[int] | None) -> None:
-        self._work, self._best = work, best
+    def __init__(self, work: _Workload, chosen: Seq[Candidate], chunks: Seq[int] | None) -> None:
+        self._work, self._chosen = work, chosen
         self._chunks = sorted(CHUNKS if chunks is None else chunks, reverse=True)
         self._times: dict[int, dict[Layout, float | None]] = {}
 
+    def over(
+        self, lengths: Iterable[int], show: Progress
+    ) -> tuple[tuple[Curve, ...], tuple[Crossover, ...]]:
+        """The times at these lengths, and the crossovers between them."""
+        grid = sorted(lengths)
+        for length in show(grid, "prompt lengths"):
+            self.at(length)
+        stretches = list(zip(grid, grid[1:], strict=False))
+        crossovers = [c for ends in show(stretches, "crossovers") for c in self.between(*ends)]
+        curves = [
+            Curve(
+                layout=candidate.layout,
+                prompts=tuple(grid),
+                seconds=tuple(self.at(length)[candidate.layout] for length in grid),
+            )
+            for candidate in self._chosen
+        ]
+        return tuple(curves), tuple(crossovers)
+
     def at(self, prompt: int) -> dict[Layout, float | None]:
-        """Seconds of each topology with the largest chunks that fit; None where none do."""
+        """Seconds of each layout with the largest chunks that fit; None where none do."""
         if prompt not in self._times:
             self._times[prompt] = {
-                each.candidate.layout: self._time(each.candidate, prompt) for each in self._best
+                candidate.layout: self._time(candidate, prompt) for candidate in self._chosen
             }
         return self._times[prompt]
 
     def _time(self, candidate: Candidate, prompt: int) -> float | None:
         for chunk in [prompt, *(chunk for chunk in self._chunks if chunk < prompt)]:
             here = dataclasses.replace(candidate, chunk=chunk)
-            try:
-                found = self._work.rank(here, prompt, decode=False)
-            except Qwen3CPError as error:
-                if isinstance(error, ParallelConfigError):
-                    raise
-                return None  # such as more tokens than the model has positions
+            found = self._work.rank(here, prompt, decode=False)
             if found.fit.fits:
                 return found.prediction.ttft_seconds
         return None
@@ -518,10 +557,3 @@ class _Curves:
             return [Crossover(prompt=high, before=before, after=after, why=why)]
         middle = min(max(round(math.sqrt(low * high)), low + 1), high - 1)
         return [*self.between(low, middle), *self.between(middle, high)]
-
-    def of(self, layout: Layout, prompts: Seq[int]) -> Curve:
-        return Curve(
-            layout=layout,
-            prompts=tuple(prompts),
-            seconds=tuple(self.at(prompt)[layout] for prompt in prompts),
-        )
