@@ -7,8 +7,8 @@ that are looked up, not the table; keys that are visible, not the pool.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from dataclasses import asdict, dataclass, fields
+from typing import Any, TypeVar, cast
 
 __all__ = ["CollectiveCount", "DryRun", "OperatorCount", "RankCounts", "StepCounts"]
 
@@ -114,12 +114,18 @@ class StepCounts:
     peak_activation_bytes: int
     """Live tensors other than parameters, constants, keys and values, where they are most.
     What a kernel needs inside is not a part of it."""
-    peak_at: str
-    """The operator that ran there, and its layer."""
+    peak_operator: str
+    """The operator that ran there, and its layer if it is one's."""
+    peak_layer: int | None
 
     @property
     def flops(self) -> int:
         return sum(x.total_flops for x in self.operators)
+
+    @property
+    def operator_calls(self) -> int:
+        """Launches of kernels, without those of the collectives."""
+        return sum(x.total_calls for x in self.operators)
 
     @property
     def collective_bytes(self) -> int:
@@ -190,9 +196,21 @@ class DryRun:
         """The kind of rank that needs the most memory."""
         return max(self.ranks, key=lambda rank: rank.memory_bytes)
 
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON: all fields, and the sums of each step and rank."""
+        document = asdict(self)
+        for rank, of_rank in zip(self.ranks, document["ranks"], strict=True):
+            of_rank["peak_activation_bytes"] = rank.peak_activation_bytes
+            of_rank["memory_bytes"] = rank.memory_bytes
+            for step, of_step in zip(rank.steps, of_rank["steps"], strict=True):
+                of_step["flops"] = step.flops
+                of_step["operator_calls"] = step.operator_calls
+                of_step["collective_bytes"] = step.collective_bytes
+        return document
+
     @classmethod
     def from_dict(cls, document: dict[str, Any]) -> DryRun:
-        """The inverse of `dataclasses.asdict`, also after a round trip through JSON."""
+        """The inverse of `to_dict`, also after a round trip through JSON."""
         ranks = []
         for rank in document["ranks"]:
             steps = [
@@ -205,13 +223,19 @@ class DryRun:
                 for step in rank["steps"]
             ]
             ranks.append(_made(RankCounts, rank, steps=tuple(steps)))
-        return _made(cls, document, ranks=tuple(ranks))
+        comm = {**document["comm"], "skip_layers": tuple(document["comm"]["skip_layers"])}
+        return _made(cls, document, comm=comm, ranks=tuple(ranks))
 
 
 T = TypeVar("T")
 
 
-def _made(cls: type[T], fields: dict[str, Any], **parts: Any) -> T:
+def _made(cls: type[T], document: dict[str, Any], **parts: Any) -> T:
     """JSON has lists where the fields are tuples."""
-    values = {name: tuple(x) if isinstance(x, list) else x for name, x in fields.items()}
-    return cls(**{**values, **parts})
+    names = {field.name for field in fields(cast(Any, cls))} - parts.keys()
+    values = {
+        name: tuple(x) if isinstance(x, list) else x
+        for name, x in document.items()
+        if name in names
+    }
+    return cls(**values, **parts)
