@@ -42,6 +42,7 @@ from qwen3cp.planner.cost import predict
 from qwen3cp.planner.counts import DryRun
 from qwen3cp.planner.dry_run import dry_run
 from qwen3cp.planner.hardware import Efficiencies, load_hardware, read_json
+from qwen3cp.planner.models import read_model
 
 __all__ = [
     "DEFAULT_FIT",
@@ -227,7 +228,7 @@ def run_point(point: Point) -> DryRun:
     """The dry run of a point. Raises what `dry_run` raises."""
 
     return dry_run(
-        _config(point.model),
+        read_model(point.model)[0],
         model=point.model,
         cp_size=point.cp,
         tp_size=point.tp,
@@ -240,6 +241,7 @@ def run_point(point: Point) -> DryRun:
         decode=point.tpot_seconds is not None,
         ranks="busiest",
         layers="distinct",
+        chunks="ends",
     )
 
 
@@ -453,11 +455,3 @@ def _typed(cell: str, kind: str) -> Any:
 
 def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
-def _config(name: str):
-    from qwen3cp.planner.models import known_config
-
-    config = known_config(name)
-    assert config is not None
-    return config

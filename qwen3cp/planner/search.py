@@ -332,6 +332,7 @@ class _Workload:
             decode=decode,
             ranks="busiest",
             layers="distinct",
+            chunks="ends",
         )
 
     def rank(self, candidate: Candidate, prompt: int, *, decode: bool) -> Ranked:
