@@ -31,7 +31,6 @@ from qwen3cp.options import (
 
 if TYPE_CHECKING:
     from rich.table import Table
-    from transformers import Qwen3MoeConfig
 
     from qwen3cp.planner.counts import DryRun, RankCounts, StepCounts
     from qwen3cp.planner.hardware import Efficiencies, Hardware
@@ -167,20 +166,6 @@ def plan(
             print(json.dumps(document, indent=2))
 
 
-def read_model(name: str) -> tuple[Qwen3MoeConfig, str]:
-    """The config of a folder, a file, a known model or a hub repository, and where it is from.
-
-    The released models need no network: their configs are a part of this package.
-    """
-    from qwen3cp.planner.models import known_config
-    from qwen3cp.weights import read_config
-
-    config = None if Path(name).exists() else known_config(name)
-    if config is not None:
-        return config, "the config that comes with this package"
-    return read_config(name), "its config.json"
-
-
 def _plan(
     options: PlanOptions,
     hardware: Hardware,
@@ -191,6 +176,7 @@ def _plan(
 ) -> dict[str, Any]:
     from qwen3cp.planner.cost import fit, predict
     from qwen3cp.planner.dry_run import dry_run
+    from qwen3cp.planner.models import read_model
     from qwen3cp.planner.report import write_html
     from qwen3cp.planner.search import search
     from qwen3cp.weights.loader import resolve_dtype

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from typing import Literal, TypeVar
@@ -23,6 +23,7 @@ from transformers import Qwen3MoeConfig
 from qwen3cp.config import check_supported, is_sparse, max_length_of
 from qwen3cp.errors import InputError, ParallelConfigError, Qwen3CPError
 from qwen3cp.kv_cache import DEFAULT_PAGE_SIZE as PAGE
+from qwen3cp.kv_cache import PagedKVCache, Sequence
 from qwen3cp.model import CPQwen3MoeForCausalLM
 from qwen3cp.parallel import CommConfig, ForwardPhase, ParallelContext
 from qwen3cp.planner.counter import OperatorCounter, RoutedRows
@@ -33,6 +34,7 @@ from qwen3cp.planner.counts import (
     RankCounts,
     StepCounts,
 )
+from qwen3cp.planner.interpolation import fill
 from qwen3cp.planner.topology import Step, Topology, Workload
 from qwen3cp.weights.loader import build_empty
 
@@ -58,6 +60,7 @@ def dry_run(
     decode: bool = True,
     ranks: Literal["distinct", "busiest"] = "distinct",
     layers: Literal["all", "distinct"] = "all",
+    chunks: Literal["all", "ends"] = "all",
 ) -> DryRun:
     """Runs a prefill and a decode step of a topology on meta tensors, one rank after another.
 
@@ -71,6 +74,7 @@ def dry_run(
         decode: count one decode step after the prefill, too.
         ranks: one rank of each kind, or only of the kind with most to do.
         layers: "distinct" runs one layer of each kind, and counts it for all that are like it.
+        chunks: "ends" runs the first and the last of equal chunks, and interpolates between them.
 
     Raises:
         ParallelConfigError: the model cannot run on this topology. Or there is a process group in
@@ -95,7 +99,10 @@ def dry_run(
         alike = topology.alike(config, workload)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        counted = [_run_rank(config, topology, workload, same, kinds, dtype) for same in alike]
+        counted = [
+            _run_rank(config, topology, workload, same, kinds, dtype, chunks == "ends")
+            for same in alike
+        ]
         whole = _empty_model(config, ParallelContext.single(), kinds, dtype)
     return DryRun(
         model=model,
@@ -166,8 +173,9 @@ def _run_rank(
     same: tuple[int, ...],
     kinds: list[list[int]],
     dtype: torch.dtype,
+    ends: bool,
 ) -> RankCounts:
-    """All steps of the first of some ranks that are alike."""
+    """All steps of the first of some ranks that are alike; with `ends`, see `_count_all`."""
     comm = _comm_of(topology.comm, kinds)
     with _fake_rank(same[0], replace(topology, comm=comm)) as ctx:
         model = _empty_model(config, ctx, kinds, dtype)
@@ -178,8 +186,9 @@ def _run_rank(
         mask = cache.layer(0).causal_mask
         held = [*model.parameters(), *model.buffers(), mask, cache.layer(0).rows]
         routing = UniformRouting(config, topology, ctx.rank)
-        steps = []
-        for step in workload.steps:
+
+        def count(step: Step) -> StepCounts:
+            _move_to(cache, sequences, step.start)
             routing.begin(step, workload.batch)
             counter = OperatorCounter(model, held, routing)
             with _as_an_npu_would(step), counter:
@@ -190,28 +199,26 @@ def _run_rank(
                     model.decode(cache, sequences, [0] * workload.batch)
             operators = tuple(_in_all_layers(x, kinds) for x in counter.operator_counts())
             rows = topology.rows(step, workload.batch)[ctx.rank]
-            steps.append(
-                StepCounts(
-                    phase=step.phase.value,
-                    start=step.start,
-                    new_tokens=step.new_tokens,
-                    batch=workload.batch,
-                    rows=rows,
-                    attention_calls=sum(
-                        x.calls for x in operators if x.name == ATTENTION and 0 in x.layers
-                    ),
-                    operators=operators,
-                    collectives=tuple(
-                        _in_all_layers(x, kinds) for x in counter.collective_counts()
-                    ),
-                    host_reads=sum(
-                        reads * len(kinds[layer]) for layer, reads in counter.host_reads.items()
-                    ),
-                    peak_activation_bytes=counter.peak_bytes,
-                    peak_operator=counter.peak_operator,
-                    peak_layer=None if counter.peak_layer is None else kinds[counter.peak_layer][0],
-                )
+            return StepCounts(
+                phase=step.phase.value,
+                start=step.start,
+                new_tokens=step.new_tokens,
+                batch=workload.batch,
+                rows=rows,
+                attention_calls=sum(
+                    x.calls for x in operators if x.name == ATTENTION and 0 in x.layers
+                ),
+                operators=operators,
+                collectives=tuple(_in_all_layers(x, kinds) for x in counter.collective_counts()),
+                host_reads=sum(
+                    reads * len(kinds[layer]) for layer, reads in counter.host_reads.items()
+                ),
+                peak_activation_bytes=counter.peak_bytes,
+                peak_operator=counter.peak_operator,
+                peak_layer=None if counter.peak_layer is None else kinds[counter.peak_layer][0],
             )
+
+        steps = _count_all(workload.steps, count, ends)
         return RankCounts(
             ranks=same,
             cp_rank=ctx.cp_rank,
@@ -222,6 +229,29 @@ def _run_rank(
             kv_bytes=cache.num_bytes // len(kinds) * config.num_hidden_layers,
             steps=tuple(steps),
         )
+
+
+def _count_all(
+    steps: list[Step], count: Callable[[Step], StepCounts], ends: bool
+) -> list[StepCounts]:
+    """Of every step; with `ends`, of equal chunks as few are run as can be."""
+    if not ends:
+        return [count(step) for step in steps]
+    chunks = [step for step in steps if step.new_tokens == steps[0].new_tokens]
+    chunks = [step for step in chunks if step.phase is ForwardPhase.PREFILL]
+    counted = fill(
+        [step.start for step in chunks], lambda start: count(replace(steps[0], start=start))
+    )
+    return [*counted, *(count(step) for step in steps[len(chunks) :])]
+
+
+def _move_to(cache: PagedKVCache, sequences: list[Sequence], length: int) -> None:
+    """Leaves so many tokens in the cache, as a prefill of them would."""
+    for sequence in sequences:
+        cache.truncate(sequence, min(length, sequence.length))
+        missing = [length - sequence.length]
+        cache.reserve([sequence], missing)
+        cache.commit([sequence], missing)
 
 
 @contextmanager
