@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Seq
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -16,7 +15,7 @@ from transformers import Qwen3MoeConfig
 
 from qwen3cp.errors import InputError
 from qwen3cp.parallel import CommConfig
-from qwen3cp.planner.cost import Fit, Prediction, fit, predict
+from qwen3cp.planner.cost import Fit, Prediction, StepTime, fit, predict
 from qwen3cp.planner.counts import DryRun
 from qwen3cp.planner.dry_run import dry_run
 from qwen3cp.planner.hardware import Efficiencies, Hardware
@@ -37,7 +36,7 @@ __all__ = [
     "search",
 ]
 
-CHUNKS = (131072, 65536, 32768, 16384, 8192)
+CHUNKS = (131072, 32768, 8192)
 """Tokens of a sequence in one forward that are tried, beside the whole prompt."""
 GROUP_SIZE = 128
 """Values that share a scale in the int8 forms that are tried."""
@@ -45,6 +44,8 @@ LENGTHS = tuple(2**n for n in range(10, 21))
 """Prompt lengths, in tokens, between which crossovers are looked for."""
 RESOLUTION = 1.02
 """A crossover is known to within this factor."""
+NEAR = 2.0
+"""Between two lengths only those within this factor of the best at either are looked at."""
 
 Progress = Callable[[Iterable[Any], str], Iterable[Any]]
 """Shows a bar while it passes on what it iterates over, under a title."""
@@ -280,7 +281,7 @@ def comm_settings(layout: Layout, config: Qwen3MoeConfig, base: CommConfig) -> I
     for exchange, rows in exchanges:
         for kv_gather in gathers:
             for all_reduce in sums:
-                yield dataclasses.replace(
+                yield replace(
                     base,
                     all_reduce=all_reduce,
                     group_size=base.group_size if all_reduce == "exact" else group_size,
@@ -470,13 +471,22 @@ def _rank_all(
     ranked: list[Ranked] = []
     too_large: list[Ranked] = []
     hopeless: set[Layout] = set()
+    tokens: dict[Layout, tuple[StepTime, ...]] = {}
     for candidate in jobs:
-        if candidate.layout in hopeless:
+        layout = candidate.layout
+        if layout in hopeless:
             continue
-        found = work.rank(candidate, prompt, decode=True)
+        # a decode is exact, and has no chunks: it is the same for all candidates of a layout
+        found = work.rank(candidate, prompt, decode=layout not in tokens)
+        steps = found.prediction.steps
+        if layout not in tokens:
+            tokens[layout] = tuple(step for step in steps if step.phase == "decode")
+        else:
+            both = replace(found.prediction, steps=steps + tokens[layout])
+            found = replace(found, prediction=both)
         (ranked if found.fit.fits else too_large).append(found)
         if found.fit.needed_bytes - found.fit.peak_activation_bytes > found.fit.usable_bytes:
-            hopeless.add(candidate.layout)
+            hopeless.add(layout)
     return ranked, too_large
 
 
@@ -506,55 +516,70 @@ class _Curves:
     def __init__(self, work: _Workload, chosen: Seq[Candidate], chunks: Seq[int] | None) -> None:
         self._work, self._chosen = work, chosen
         self._chunks = sorted(CHUNKS if chunks is None else chunks, reverse=True)
-        self._times: dict[int, dict[Layout, float | None]] = {}
+        self._times: dict[Layout, dict[int, float | None]] = {}
+        self._too_large: dict[Layout, list[tuple[int, int]]] = {}
 
     def over(
         self, lengths: Iterable[int], show: Progress
     ) -> tuple[tuple[Curve, ...], tuple[Crossover, ...]]:
-        """The times at these lengths, and the crossovers between them."""
+        """The times at these lengths, with the largest chunks that fit, and the crossovers
+        between them."""
         grid = sorted(lengths)
         for length in show(grid, "prompt lengths"):
-            self.at(length)
+            for candidate in self._chosen:
+                self._time(candidate, length)
         stretches = list(zip(grid, grid[1:], strict=False))
-        crossovers = [c for ends in show(stretches, "crossovers") for c in self.between(*ends)]
+        crossovers = [
+            crossover
+            for low, high in show(stretches, "crossovers")
+            for crossover in self._between(low, high, self._chosen)
+        ]
         curves = [
             Curve(
                 layout=candidate.layout,
                 prompts=tuple(grid),
-                seconds=tuple(self.at(length)[candidate.layout] for length in grid),
+                seconds=tuple(self._time(candidate, length) for length in grid),
             )
             for candidate in self._chosen
         ]
         return tuple(curves), tuple(crossovers)
 
-    def at(self, prompt: int) -> dict[Layout, float | None]:
-        """Seconds of each layout with the largest chunks that fit; None where none do."""
-        if prompt not in self._times:
-            self._times[prompt] = {
-                candidate.layout: self._time(candidate, prompt) for candidate in self._chosen
-            }
-        return self._times[prompt]
-
     def _time(self, candidate: Candidate, prompt: int) -> float | None:
+        if prompt not in self._times.setdefault(candidate.layout, {}):
+            self._times[candidate.layout][prompt] = self._counted(candidate, prompt)
+        return self._times[candidate.layout][prompt]
+
+    def _counted(self, candidate: Candidate, prompt: int) -> float | None:
+        too_large = self._too_large.setdefault(candidate.layout, [])
         for chunk in [prompt, *(chunk for chunk in self._chunks if chunk < prompt)]:
-            here = dataclasses.replace(candidate, chunk=chunk)
-            found = self._work.rank(here, prompt, decode=False)
+            if any(chunk >= c and prompt >= p for c, p in too_large):
+                continue
+            found = self._work.rank(replace(candidate, chunk=chunk), prompt, decode=False)
             if found.fit.fits:
                 return found.prediction.ttft_seconds
+            too_large.append((chunk, prompt))
         return None
 
-    def best_at(self, prompt: int) -> Layout | None:
-        times = {t: seconds for t, seconds in self.at(prompt).items() if seconds is not None}
-        return min(times, key=lambda t: times[t]) if times else None
+    def _best(self, prompt: int, among: Seq[Candidate]) -> tuple[Layout | None, float]:
+        times = {c.layout: self._time(c, prompt) for c in among}
+        known = {layout: seconds for layout, seconds in times.items() if seconds is not None}
+        best = min(known, key=lambda layout: known[layout], default=None)
+        return best, math.inf if best is None else known[best]
 
-    def between(self, low: int, high: int) -> list[Crossover]:
+    def _between(self, low: int, high: int, among: Seq[Candidate]) -> list[Crossover]:
         """Halves the stretch, in its logarithm, for as long as its ends have different bests."""
-        before, after = self.best_at(low), self.best_at(high)
+        (before, quickest), (after, at_end) = self._best(low, among), self._best(high, among)
         if before == after or before is None or after is None:
             return []
         if high <= max(low + 1, low * RESOLUTION):
-            fits = self.at(high)[before] is not None
-            why: Literal["faster", "memory"] = "faster" if fits else "memory"
+            lost = next(c for c in among if c.layout == before)
+            why = "memory" if self._time(lost, high) is None else "faster"
             return [Crossover(prompt=high, before=before, after=after, why=why)]
         middle = min(max(round(math.sqrt(low * high)), low + 1), high - 1)
-        return [*self.between(low, middle), *self.between(middle, high)]
+        near = [
+            c
+            for c in among
+            if (self._time(c, low) or math.inf) <= NEAR * quickest
+            or (self._time(c, high) or math.inf) <= NEAR * at_end
+        ]
+        return [*self._between(low, middle, near), *self._between(middle, high, near)]
