@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 __all__ = ["plan"]
 
 TABLE_WIDTH = 120
+MOST_FORWARDS = 8
+"""Of a prefill that are shown one by one, beside the last."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -292,25 +294,21 @@ def memory_table(run: DryRun) -> Table:
 
 
 def work_table(run: DryRun) -> Table:
-    """FLOPs, operators and bytes of each step, on the rank that has most FLOPs in it."""
+    """FLOPs, operators and bytes of each forward, on the rank that has most FLOPs in it."""
     names = "rows", "TFLOP", "attention", "experts", "operators", "GB moved", "GB received", "waits"
     table = _table("work of the busiest rank in each forward", left=["forward"], right=names)
-    for index in range(len(run.ranks[0].steps)):
-        step = max((rank.steps[index] for rank in run.ranks), key=lambda step: step.flops)
-        by_part: dict[str, int] = defaultdict(int)
-        for operator in step.operators:
-            by_part[operator.part] += operator.total_flops
-        table.add_row(
-            _step_name(step),
-            f"{step.rows:,}",
-            f"{step.flops / 1e12:,.3f}",
-            f"{by_part['attention'] / 1e12:,.3f}",
-            f"{by_part['experts'] / 1e12:,.3f}",
-            f"{step.operator_calls:,}",
-            f"{sum(x.total_bytes for x in step.operators) / 1e9:,.3f}",
-            f"{step.collective_bytes / 1e9:,.4f}",
-            str(step.host_reads),
-        )
+    same_steps = zip(*(rank.steps for rank in run.ranks), strict=True)
+    steps = [max(of_ranks, key=lambda step: step.flops) for of_ranks in same_steps]
+    prefill = [step for step in steps if step.phase == "prefill"]
+    for place, step in enumerate(prefill):
+        if place < MOST_FORWARDS or step is prefill[-1]:
+            table.add_row(_step_name(step), *_work(step))
+        elif place == MOST_FORWARDS:
+            table.add_row("...")
+    if len(prefill) > 1:
+        table.add_row("prefill, all", *_work(*prefill))
+    for step in steps[len(prefill) :]:
+        table.add_row(_step_name(step), *_work(step))
     return table
 
 
@@ -355,6 +353,26 @@ def ranges(numbers: Iterable[int]) -> str:
         else:
             runs.append([number, number])
     return ", ".join(f"{first}" if first == last else f"{first}-{last}" for first, last in runs)
+
+
+def _work(*steps: StepCounts) -> list[str]:
+    """A row of `work_table`."""
+    operators = [operator for step in steps for operator in step.operators]
+
+    def flops(*parts: str) -> str:
+        chosen = [x.total_flops for x in operators if not parts or x.part in parts]
+        return f"{sum(chosen) / 1e12:,.3f}"
+
+    return [
+        f"{sum(step.rows for step in steps):,}",
+        flops(),
+        flops("attention"),
+        flops("experts", "mlp"),
+        f"{sum(step.operator_calls for step in steps):,}",
+        f"{sum(x.total_bytes for x in operators) / 1e9:,.3f}",
+        f"{sum(step.collective_bytes for step in steps) / 1e9:,.4f}",
+        str(sum(step.host_reads for step in steps)),
+    ]
 
 
 def _received(rank: RankCounts) -> int:

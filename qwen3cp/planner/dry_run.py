@@ -8,6 +8,7 @@ of them come from the operators and collectives that are called.
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -156,12 +157,13 @@ class UniformRouting:
 
     def routed_rows(self, rows: int, experts: range, num_experts: int) -> RoutedRows:
         """Of a sorting of rows for some experts. With moe="ep" each row of the replica meets the
-        experts of this rank once, whatever rows of padding come with it."""
+        experts of this rank once, whatever rows of padding come with it. Rounded up: of a few rows
+        some rank has that many."""
         rows = self._tokens if self._topology.moe == "ep" else rows
         top_k = self._config.num_experts_per_tok
-        pairs = round(rows * top_k * len(experts) / num_experts)
+        pairs = -(-rows * top_k * len(experts) // num_experts)
         chosen = 1 - (1 - top_k / num_experts) ** rows
-        return RoutedRows(pairs, min(pairs, round(len(experts) * chosen)))
+        return RoutedRows(pairs, min(pairs, math.ceil(len(experts) * chosen)))
 
 
 def _run_rank(
