@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Seq
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -14,7 +14,7 @@ from rich.table import Table
 from transformers import Qwen3MoeConfig
 
 from qwen3cp.errors import InputError
-from qwen3cp.parallel import CommConfig
+from qwen3cp.parallel import AllReduceForm, CommConfig
 from qwen3cp.planner.cost import Fit, Prediction, StepTime, fit, predict
 from qwen3cp.planner.counts import DryRun
 from qwen3cp.planner.dry_run import dry_run
@@ -43,9 +43,7 @@ GROUP_SIZE = 128
 LENGTHS = tuple(2**n for n in range(10, 21))
 """Prompt lengths, in tokens, between which crossovers are looked for."""
 RESOLUTION = 1.02
-"""A crossover is known to within this factor."""
-NEAR = 2.0
-"""Between two lengths only those within this factor of the best at either are looked at."""
+"""A crossover is known to within this factor, and times within it are a tie."""
 
 Progress = Callable[[Iterable[Any], str], Iterable[Any]]
 """Shows a bar while it passes on what it iterates over, under a title."""
@@ -270,8 +268,10 @@ def comm_settings(layout: Layout, config: Qwen3MoeConfig, base: CommConfig) -> I
     group_size = base.group_size
     if group_size is None and config.hidden_size % GROUP_SIZE == 0:
         group_size = GROUP_SIZE
-    sums = ("exact", "int8_one_shot", "int8_two_step") if tp > 1 else ("exact",)
-    gathers = ("exact", "int8") if cp > 1 else ("exact",)
+    # of the two int8 forms the one with fewer bytes, or with fewer passes for as many
+    form: AllReduceForm = "int8_one_shot" if tp == 2 else "int8_two_step"
+    sums: tuple[AllReduceForm, ...] = ("exact", form) if tp > 1 else ("exact",)
+    gathers: tuple[Any, ...] = ("exact", "int8") if cp > 1 else ("exact",)
     exchanges: list[tuple[Any, Any]] = [("auto", "exact")]
     if layout.moe == "ep":
         # with one CP rank no row travels in the all-gather form
@@ -317,6 +317,8 @@ class _Workload:
     batch: int
     dtype: torch.dtype
     count: Callable[..., DryRun]
+    models: dict[Any, Any] = field(default_factory=dict)
+    """Empty ones, which dry runs share."""
 
     def run(self, candidate: Candidate, prompt: int, *, decode: bool) -> DryRun:
         return self.count(
@@ -334,6 +336,7 @@ class _Workload:
             ranks="busiest",
             layers="distinct",
             chunks="ends",
+            models=self.models,
         )
 
     def rank(self, candidate: Candidate, prompt: int, *, decode: bool) -> Ranked:
@@ -528,12 +531,7 @@ class _Curves:
         for length in show(grid, "prompt lengths"):
             for candidate in self._chosen:
                 self._time(candidate, length)
-        stretches = list(zip(grid, grid[1:], strict=False))
-        crossovers = [
-            crossover
-            for low, high in show(stretches, "crossovers")
-            for crossover in self._between(low, high, self._chosen)
-        ]
+        crossovers = self._crossovers(grid)
         curves = [
             Curve(
                 layout=candidate.layout,
@@ -560,26 +558,46 @@ class _Curves:
             too_large.append((chunk, prompt))
         return None
 
-    def _best(self, prompt: int, among: Seq[Candidate]) -> tuple[Layout | None, float]:
-        times = {c.layout: self._time(c, prompt) for c in among}
-        known = {layout: seconds for layout, seconds in times.items() if seconds is not None}
-        best = min(known, key=lambda layout: known[layout], default=None)
-        return best, math.inf if best is None else known[best]
+    def _crossovers(self, grid: Seq[int]) -> list[Crossover]:
+        """Where another layout becomes the best; one that is ahead by a tie alone does not."""
+        found: list[Crossover] = []
+        current: Candidate | None = None
+        for i, length in enumerate(grid):
+            times = [(self._time(c, length) or math.inf, c) for c in self._chosen]
+            quickest, best = min(times, key=lambda x: x[0], default=(math.inf, None))
+            if best is None or quickest == math.inf:
+                continue
+            if current is None:
+                current = best
+                continue
+            own = self._time(current, length)
+            if own is not None and own <= RESOLUTION * quickest:
+                continue
+            # back to where the two were even
+            last = max(j for j in range(i) if self._ahead(current, best, grid[j]))
+            prompt = self._even(current, best, grid[last], grid[last + 1])
+            found.append(
+                Crossover(
+                    prompt=prompt,
+                    before=current.layout,
+                    after=best.layout,
+                    why="memory" if self._time(current, prompt) is None else "faster",
+                )
+            )
+            current = best
+        return found
 
-    def _between(self, low: int, high: int, among: Seq[Candidate]) -> list[Crossover]:
-        """Halves the stretch, in its logarithm, for as long as its ends have different bests."""
-        (before, quickest), (after, at_end) = self._best(low, among), self._best(high, among)
-        if before == after or before is None or after is None:
-            return []
-        if high <= max(low + 1, low * RESOLUTION):
-            lost = next(c for c in among if c.layout == before)
-            why = "memory" if self._time(lost, high) is None else "faster"
-            return [Crossover(prompt=high, before=before, after=after, why=why)]
-        middle = min(max(round(math.sqrt(low * high)), low + 1), high - 1)
-        near = [
-            c
-            for c in among
-            if (self._time(c, low) or math.inf) <= NEAR * quickest
-            or (self._time(c, high) or math.inf) <= NEAR * at_end
-        ]
-        return [*self._between(low, middle, near), *self._between(middle, high, near)]
+    def _ahead(self, one: Candidate, other: Candidate, prompt: int) -> bool:
+        """Whether `one` is not behind at this length; it is where it does not fit."""
+        first, second = self._time(one, prompt), self._time(other, prompt)
+        return first is not None and (second is None or first <= second)
+
+    def _even(self, one: Candidate, other: Candidate, low: int, high: int) -> int:
+        """From where on `one`, which is ahead at `low`, is behind; halves the logarithm."""
+        while high > max(low + 1, low * RESOLUTION):
+            middle = min(max(round(math.sqrt(low * high)), low + 1), high - 1)
+            if self._ahead(one, other, middle):
+                low = middle
+            else:
+                high = middle
+        return high
