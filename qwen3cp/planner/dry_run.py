@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from typing import Literal, TypeVar
@@ -61,6 +61,7 @@ def dry_run(
     ranks: Literal["distinct", "busiest"] = "distinct",
     layers: Literal["all", "distinct"] = "all",
     chunks: Literal["all", "ends"] = "all",
+    models: dict[Hashable, CPQwen3MoeForCausalLM] | None = None,
 ) -> DryRun:
     """Runs a prefill and a decode step of a topology on meta tensors, one rank after another.
 
@@ -75,6 +76,7 @@ def dry_run(
         ranks: one rank of each kind, or only of the kind with most to do.
         layers: "distinct" runs one layer of each kind, and counts it for all that are like it.
         chunks: "ends" runs the first and the last of equal chunks, and interpolates between them.
+        models: keeps what was built for the next dry runs of the same config.
 
     Raises:
         ParallelConfigError: the model cannot run on this topology. Or there is a process group in
@@ -100,10 +102,10 @@ def dry_run(
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         counted = [
-            _run_rank(config, topology, workload, same, kinds, dtype, chunks == "ends")
+            _run_rank(config, topology, workload, same, kinds, dtype, chunks == "ends", models)
             for same in alike
         ]
-        whole = _empty_model(config, ParallelContext.single(), kinds, dtype)
+        whole = _empty_model(config, ParallelContext.single(), kinds, dtype, models)
     return DryRun(
         model=model,
         num_layers=config.num_hidden_layers,
@@ -174,11 +176,12 @@ def _run_rank(
     kinds: list[list[int]],
     dtype: torch.dtype,
     ends: bool,
+    models: dict[Hashable, CPQwen3MoeForCausalLM] | None,
 ) -> RankCounts:
     """All steps of the first of some ranks that are alike; with `ends`, see `_count_all`."""
     comm = _comm_of(topology.comm, kinds)
     with _fake_rank(same[0], replace(topology, comm=comm)) as ctx:
-        model = _empty_model(config, ctx, kinds, dtype)
+        model = _empty_model(config, ctx, kinds, dtype, models)
         length = workload.prompt + workload.new_tokens
         model.max_sequence_length = max(model.max_sequence_length, length)
         cache = model.new_kv_cache(num_pages=1 - workload.batch * (-length // PAGE))
@@ -289,9 +292,18 @@ def _as_an_npu_would(step: Step) -> Iterator[None]:
 
 
 def _empty_model(
-    config: Qwen3MoeConfig, ctx: ParallelContext, kinds: list[list[int]], dtype: torch.dtype
+    config: Qwen3MoeConfig,
+    ctx: ParallelContext,
+    kinds: list[list[int]],
+    dtype: torch.dtype,
+    models: dict[Hashable, CPQwen3MoeForCausalLM] | None,
 ) -> CPQwen3MoeForCausalLM:
-    """A model of one layer of each kind on the meta device."""
+    """A model of one layer of each kind on the meta device, which is left in `models`."""
+    models = {} if models is None else models
+    key = ctx.rank, ctx.cp_size, ctx.tp_size, ctx.moe, dtype, str(kinds)
+    if key in models:  # its modules share one context, which gets the new groups
+        vars(models[key].parallel_context).update(vars(ctx))
+        return models[key]
     config = copy.deepcopy(config)
     config.mlp_only_layers = [
         index for index, layers in enumerate(kinds) if not is_sparse(config, layers[0])
@@ -300,7 +312,8 @@ def _empty_model(
     config.num_hidden_layers = len(kinds)
     model = build_empty(CPQwen3MoeForCausalLM, config, ctx, dtype, META)
     model.tie_weights()
-    return nn.Module.to(model, META)  # buffers
+    models[key] = nn.Module.to(model, META)  # buffers
+    return models[key]
 
 
 def _kinds_of_layers(

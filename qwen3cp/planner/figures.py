@@ -215,16 +215,16 @@ def draw_layout(hardware: Hardware, cp_size: int, tp_size: int) -> Figure:
     num_nodes = -(-world // a_node)
     in_row = min(a_node, max(8, a_package))
     rows_of_node = -(-min(a_node, max(world, 1)) // in_row)
-    node_height = rows_of_node * 1.0 + 0.75
+    node_height = rows_of_node + 0.4
     figure = new_figure(9, 0.7 + 0.82 * node_height * num_nodes)
     axes = figure.subplots()
     for node in range(num_nodes):
         top = -node * (node_height + 0.25)
         axes.add_patch(
             FancyBboxPatch(
-                (-0.12, top - node_height + 0.2),
+                (-0.12, top - node_height + 0.08),
                 in_row + 0.24,
-                node_height - 0.15,
+                node_height,
                 boxstyle="round,pad=0,rounding_size=0.12",
                 fill=False,
                 edgecolor="#606060",
@@ -255,7 +255,7 @@ def draw_layout(hardware: Hardware, cp_size: int, tp_size: int) -> Figure:
                 va="center",
                 fontsize=7.5,
             )
-    bottom = -(num_nodes - 1) * (node_height + 0.25) - node_height + 0.1
+    bottom = -(num_nodes - 1) * (node_height + 0.25) - node_height
     axes.set(xlim=(-0.2, in_row + 0.2), ylim=(bottom, 0.25))
     axes.set_aspect("equal")
     axes.axis("off")

@@ -21,12 +21,18 @@ def fill(starts: Seq[int], count: Callable[[int], StepCounts]) -> list[StepCount
     first = count(starts[0])
     if len(starts) == 1:
         return [first]
-    return _fill(starts, first, count(starts[-1]), count)
+    last = count(starts[-1])
+    if len(starts) == 2 or between(first, last, starts[1]) is not None:
+        return _fill(starts, first, last, count)
+    # the first chunk, which has nothing before it, is often the only one that is different
+    return [first, *_fill(starts[1:], count(starts[1]), last, count)]
 
 
 def _fill(
     starts: Seq[int], first: StepCounts, last: StepCounts, count: Callable[[int], StepCounts]
 ) -> list[StepCounts]:
+    if len(starts) == 1:
+        return [last]
     inner = [between(first, last, start) for start in starts[1:-1]]
     if None not in inner:
         return [first, *(step for step in inner if step is not None), last]

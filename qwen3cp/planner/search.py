@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Seq
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -15,8 +14,8 @@ from rich.table import Table
 from transformers import Qwen3MoeConfig
 
 from qwen3cp.errors import InputError
-from qwen3cp.parallel import CommConfig
-from qwen3cp.planner.cost import Fit, Prediction, fit, predict
+from qwen3cp.parallel import AllReduceForm, CommConfig
+from qwen3cp.planner.cost import Fit, Prediction, StepTime, fit, predict
 from qwen3cp.planner.counts import DryRun
 from qwen3cp.planner.dry_run import dry_run
 from qwen3cp.planner.hardware import Efficiencies, Hardware
@@ -37,14 +36,14 @@ __all__ = [
     "search",
 ]
 
-CHUNKS = (131072, 65536, 32768, 16384, 8192)
+CHUNKS = (131072, 32768, 8192)
 """Tokens of a sequence in one forward that are tried, beside the whole prompt."""
 GROUP_SIZE = 128
 """Values that share a scale in the int8 forms that are tried."""
 LENGTHS = tuple(2**n for n in range(10, 21))
 """Prompt lengths, in tokens, between which crossovers are looked for."""
 RESOLUTION = 1.02
-"""A crossover is known to within this factor."""
+"""A crossover is known to within this factor, and times within it are a tie."""
 
 Progress = Callable[[Iterable[Any], str], Iterable[Any]]
 """Shows a bar while it passes on what it iterates over, under a title."""
@@ -269,8 +268,10 @@ def comm_settings(layout: Layout, config: Qwen3MoeConfig, base: CommConfig) -> I
     group_size = base.group_size
     if group_size is None and config.hidden_size % GROUP_SIZE == 0:
         group_size = GROUP_SIZE
-    sums = ("exact", "int8_one_shot", "int8_two_step") if tp > 1 else ("exact",)
-    gathers = ("exact", "int8") if cp > 1 else ("exact",)
+    # of the two int8 forms the one with fewer bytes, or with fewer passes for as many
+    form: AllReduceForm = "int8_one_shot" if tp == 2 else "int8_two_step"
+    sums: tuple[AllReduceForm, ...] = ("exact", form) if tp > 1 else ("exact",)
+    gathers: tuple[Any, ...] = ("exact", "int8") if cp > 1 else ("exact",)
     exchanges: list[tuple[Any, Any]] = [("auto", "exact")]
     if layout.moe == "ep":
         # with one CP rank no row travels in the all-gather form
@@ -280,7 +281,7 @@ def comm_settings(layout: Layout, config: Qwen3MoeConfig, base: CommConfig) -> I
     for exchange, rows in exchanges:
         for kv_gather in gathers:
             for all_reduce in sums:
-                yield dataclasses.replace(
+                yield replace(
                     base,
                     all_reduce=all_reduce,
                     group_size=base.group_size if all_reduce == "exact" else group_size,
@@ -316,6 +317,8 @@ class _Workload:
     batch: int
     dtype: torch.dtype
     count: Callable[..., DryRun]
+    models: dict[Any, Any] = field(default_factory=dict)
+    """Empty ones, which dry runs share."""
 
     def run(self, candidate: Candidate, prompt: int, *, decode: bool) -> DryRun:
         return self.count(
@@ -333,6 +336,7 @@ class _Workload:
             ranks="busiest",
             layers="distinct",
             chunks="ends",
+            models=self.models,
         )
 
     def rank(self, candidate: Candidate, prompt: int, *, decode: bool) -> Ranked:
@@ -470,13 +474,22 @@ def _rank_all(
     ranked: list[Ranked] = []
     too_large: list[Ranked] = []
     hopeless: set[Layout] = set()
+    tokens: dict[Layout, tuple[StepTime, ...]] = {}
     for candidate in jobs:
-        if candidate.layout in hopeless:
+        layout = candidate.layout
+        if layout in hopeless:
             continue
-        found = work.rank(candidate, prompt, decode=True)
+        # a decode is exact, and has no chunks: it is the same for all candidates of a layout
+        found = work.rank(candidate, prompt, decode=layout not in tokens)
+        steps = found.prediction.steps
+        if layout not in tokens:
+            tokens[layout] = tuple(step for step in steps if step.phase == "decode")
+        else:
+            both = replace(found.prediction, steps=steps + tokens[layout])
+            found = replace(found, prediction=both)
         (ranked if found.fit.fits else too_large).append(found)
         if found.fit.needed_bytes - found.fit.peak_activation_bytes > found.fit.usable_bytes:
-            hopeless.add(candidate.layout)
+            hopeless.add(layout)
     return ranked, too_large
 
 
@@ -506,55 +519,85 @@ class _Curves:
     def __init__(self, work: _Workload, chosen: Seq[Candidate], chunks: Seq[int] | None) -> None:
         self._work, self._chosen = work, chosen
         self._chunks = sorted(CHUNKS if chunks is None else chunks, reverse=True)
-        self._times: dict[int, dict[Layout, float | None]] = {}
+        self._times: dict[Layout, dict[int, float | None]] = {}
+        self._too_large: dict[Layout, list[tuple[int, int]]] = {}
 
     def over(
         self, lengths: Iterable[int], show: Progress
     ) -> tuple[tuple[Curve, ...], tuple[Crossover, ...]]:
-        """The times at these lengths, and the crossovers between them."""
+        """The times at these lengths, with the largest chunks that fit, and the crossovers
+        between them."""
         grid = sorted(lengths)
         for length in show(grid, "prompt lengths"):
-            self.at(length)
-        stretches = list(zip(grid, grid[1:], strict=False))
-        crossovers = [c for ends in show(stretches, "crossovers") for c in self.between(*ends)]
+            for candidate in self._chosen:
+                self._time(candidate, length)
+        crossovers = self._crossovers(grid)
         curves = [
             Curve(
                 layout=candidate.layout,
                 prompts=tuple(grid),
-                seconds=tuple(self.at(length)[candidate.layout] for length in grid),
+                seconds=tuple(self._time(candidate, length) for length in grid),
             )
             for candidate in self._chosen
         ]
         return tuple(curves), tuple(crossovers)
 
-    def at(self, prompt: int) -> dict[Layout, float | None]:
-        """Seconds of each layout with the largest chunks that fit; None where none do."""
-        if prompt not in self._times:
-            self._times[prompt] = {
-                candidate.layout: self._time(candidate, prompt) for candidate in self._chosen
-            }
-        return self._times[prompt]
-
     def _time(self, candidate: Candidate, prompt: int) -> float | None:
+        if prompt not in self._times.setdefault(candidate.layout, {}):
+            self._times[candidate.layout][prompt] = self._counted(candidate, prompt)
+        return self._times[candidate.layout][prompt]
+
+    def _counted(self, candidate: Candidate, prompt: int) -> float | None:
+        too_large = self._too_large.setdefault(candidate.layout, [])
         for chunk in [prompt, *(chunk for chunk in self._chunks if chunk < prompt)]:
-            here = dataclasses.replace(candidate, chunk=chunk)
-            found = self._work.rank(here, prompt, decode=False)
+            if any(chunk >= c and prompt >= p for c, p in too_large):
+                continue
+            found = self._work.rank(replace(candidate, chunk=chunk), prompt, decode=False)
             if found.fit.fits:
                 return found.prediction.ttft_seconds
+            too_large.append((chunk, prompt))
         return None
 
-    def best_at(self, prompt: int) -> Layout | None:
-        times = {t: seconds for t, seconds in self.at(prompt).items() if seconds is not None}
-        return min(times, key=lambda t: times[t]) if times else None
+    def _crossovers(self, grid: Seq[int]) -> list[Crossover]:
+        """Where another layout becomes the best; one that is ahead by a tie alone does not."""
+        found: list[Crossover] = []
+        current: Candidate | None = None
+        for i, length in enumerate(grid):
+            times = [(self._time(c, length) or math.inf, c) for c in self._chosen]
+            quickest, best = min(times, key=lambda x: x[0], default=(math.inf, None))
+            if best is None or quickest == math.inf:
+                continue
+            if current is None:
+                current = best
+                continue
+            own = self._time(current, length)
+            if own is not None and own <= RESOLUTION * quickest:
+                continue
+            # back to where the two were even
+            last = max(j for j in range(i) if self._ahead(current, best, grid[j]))
+            prompt = self._even(current, best, grid[last], grid[last + 1])
+            found.append(
+                Crossover(
+                    prompt=prompt,
+                    before=current.layout,
+                    after=best.layout,
+                    why="memory" if self._time(current, prompt) is None else "faster",
+                )
+            )
+            current = best
+        return found
 
-    def between(self, low: int, high: int) -> list[Crossover]:
-        """Halves the stretch, in its logarithm, for as long as its ends have different bests."""
-        before, after = self.best_at(low), self.best_at(high)
-        if before == after or before is None or after is None:
-            return []
-        if high <= max(low + 1, low * RESOLUTION):
-            fits = self.at(high)[before] is not None
-            why: Literal["faster", "memory"] = "faster" if fits else "memory"
-            return [Crossover(prompt=high, before=before, after=after, why=why)]
-        middle = min(max(round(math.sqrt(low * high)), low + 1), high - 1)
-        return [*self.between(low, middle), *self.between(middle, high)]
+    def _ahead(self, one: Candidate, other: Candidate, prompt: int) -> bool:
+        """Whether `one` is not behind at this length; it is where it does not fit."""
+        first, second = self._time(one, prompt), self._time(other, prompt)
+        return first is not None and (second is None or first <= second)
+
+    def _even(self, one: Candidate, other: Candidate, low: int, high: int) -> int:
+        """From where on `one`, which is ahead at `low`, is behind; halves the logarithm."""
+        while high > max(low + 1, low * RESOLUTION):
+            middle = min(max(round(math.sqrt(low * high)), low + 1), high - 1)
+            if self._ahead(one, other, middle):
+                low = middle
+            else:
+                high = middle
+        return high
