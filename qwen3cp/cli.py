@@ -31,6 +31,7 @@ from qwen3cp.options import (
     on_ranks,
     reported,
 )
+from qwen3cp.planner.command import plan
 from qwen3cp.version import __version__
 
 __all__ = ["app", "main"]
@@ -43,6 +44,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+app.command()(plan)
 
 Prompt = Annotated[list[str] | None, typer.Option(help="A prompt; `-` reads stdin. Repeatable.")]
 PromptFile = Annotated[str | None, typer.Option(help="A file that is one prompt; `-` reads stdin.")]

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -42,8 +42,10 @@ __all__ = [
     "all_reduce",
     "all_reduce_bytes",
     "all_reduce_form",
+    "assume_counts",
     "broadcast",
     "fail_together",
+    "gather_counts",
     "gather_ranks",
     "gather_rows",
     "gather_vocabulary",
@@ -57,12 +59,19 @@ __all__ = [
 ]
 
 
+GroupName = Literal["cp", "tp", "world", "host"]
+"""A group of a `ParallelContext`; host is that of `fail_together`."""
+
+
 @dataclass(frozen=True)
 class CommunicationRecord:
     """One collective, as this rank saw it."""
 
     kind: str
     """kv_gather, all_reduce, logits, hidden_states, expert_exchange, check or weights."""
+    algorithm: str
+    """all_gather, all_reduce, reduce_scatter, all_to_all, broadcast or point_to_point."""
+    group: GroupName
     bytes: int
     """Bytes that this rank receives."""
     group_size: int
@@ -71,6 +80,8 @@ class CommunicationRecord:
     """The layer that it is a part of, if it is one's."""
     form: str = "exact"
     """How the message travels: exact, int8, int8_one_shot or int8_two_step."""
+    asynchronous: bool = False
+    """Whether this rank goes on while it is in flight."""
 
 
 @dataclass
@@ -241,7 +252,7 @@ def kv_gather(
         sent = int8.pack(heads, 1)
     gathered = sent.new_empty(ctx.cp_size * len(sent), sent.shape[1])
     received = (ctx.cp_size - 1) * _num_bytes(sent)
-    what = _record("kv_gather", received, ctx.cp_size, ctx, layer, form)
+    what = _record("kv_gather", "all_gather", "cp", received, ctx, layer, form, asynchronous=True)
     with _named_failure(what):
         work = _all_gather_into(gathered, sent, group=ctx.cp_group, async_op=True)
     return PendingGather(gathered, work, what, finish, observe_result)
@@ -284,7 +295,7 @@ def all_reduce(
     observe_result = _observe("all_reduce", x, layer, form)
     if form == "exact":
         total = x if in_place else x.clone(memory_format=torch.contiguous_format)
-        _sum_exactly(total, ctx.tp_group, ctx.tp_size, "all_reduce", ctx, layer)
+        _sum_exactly(total, "tp", "all_reduce", ctx, layer)
     else:
         x = x.contiguous()
         total = x if in_place else torch.empty_like(x)
@@ -383,7 +394,7 @@ def _one_shot(
 ) -> None:
     """out = the sum of every rank's terms, [G, g]: all of them go to all ranks, which add."""
     blocks, form = int8.pack(terms, 1), "int8_one_shot"
-    gathered = _all_gather(blocks, ctx.tp_group, ctx.tp_size, "all_reduce", ctx, layer, form)
+    gathered = _all_gather(blocks, "tp", "all_reduce", ctx, layer, form)
     out.copy_(int8.sum_of(gathered, terms.shape[1]))
 
 
@@ -395,12 +406,14 @@ def _two_step(
     blocks = int8.pack(terms, ctx.tp_size)
     shares = torch.empty_like(blocks)
     received = (ctx.tp_size - 1) * _num_bytes(blocks[0])
-    with _named_failure(_record("all_reduce", received, ctx.tp_size, ctx, layer, form)):
+    what = _record("all_reduce", "all_to_all", "tp", received, ctx, layer, form)
+    with _named_failure(what):
         _all_to_all(shares, blocks, group=ctx.tp_group)
     # the NPU quantises no float32, unless all of this is in it
     share = int8.sum_of(shares, group_size).to(terms.dtype)
     block = int8.pack(share, 1)
-    with _named_failure(_record("all_reduce", received, ctx.tp_size, ctx, layer, form)):
+    what = _record("all_reduce", "all_gather", "tp", received, ctx, layer, form)
+    with _named_failure(what):
         _all_gather_into(blocks, block, group=ctx.tp_group)
     int8.dequantise_(out, blocks)
 
@@ -416,7 +429,7 @@ def gather_rows(
 
     Collective over cp_group: every rank must call it, with the same R.
     """
-    return _all_gather(rows, ctx.cp_group, ctx.cp_size, kind, ctx, layer)
+    return _all_gather(rows, "cp", kind, ctx, layer)
 
 
 def gather_vocabulary(logits: torch.Tensor, ctx: ParallelContext, vocab_size: int) -> torch.Tensor:
@@ -440,14 +453,41 @@ def gather_ranks(
     """
     if torch.compiler.is_compiling() and ctx.world_group is not None:
         return torch.ops.qwen3cp.gather_ranks(x, ctx.name, ctx.world_size, kind, layer)
-    return _all_gather(x[None], ctx.world_group, ctx.world_size, kind, ctx, layer)
+    return _all_gather(x[None], "world", kind, ctx, layer)
+
+
+_assumed_counts: ContextVar[Callable[[], list[list[int]]] | None] = ContextVar(
+    "assumed_counts", default=None
+)
+
+
+@contextmanager
+def assume_counts(counts: Callable[[], list[list[int]]]) -> Iterator[None]:
+    """Makes `gather_counts` return counts() in the block: for tensors without values."""
+    token = _assumed_counts.set(counts)
+    try:
+        yield
+    finally:
+        _assumed_counts.reset(token)
+
+
+def gather_counts(
+    counts: torch.Tensor, ctx: ParallelContext, kind: str, layer: int | None = None
+) -> list[list[int]]:
+    """The counts [n] of every rank, in rank order, on the host, which waits for them.
+
+    Collective over world_group.
+    """
+    gathered = gather_ranks(counts, ctx, kind, layer)
+    assumed = _assumed_counts.get()
+    return gathered.tolist() if assumed is None else assumed()
 
 
 def gather_tp(
     rows: torch.Tensor, ctx: ParallelContext, kind: str, layer: int | None = None
 ) -> torch.Tensor:
     """[n, ...] of every TP rank -> [N * n, ...], in rank order. Collective over tp_group."""
-    return _all_gather(rows, ctx.tp_group, ctx.tp_size, kind, ctx, layer)
+    return _all_gather(rows, "tp", kind, ctx, layer)
 
 
 def all_reduce_world(
@@ -460,7 +500,7 @@ def all_reduce_world(
     if torch.compiler.is_compiling():
         torch.ops.qwen3cp.all_reduce_world_(x, ctx.name, kind, layer)
         return x
-    _sum_exactly(x, ctx.world_group, ctx.world_size, kind, ctx, layer)
+    _sum_exactly(x, "world", kind, ctx, layer)
     return x
 
 
@@ -473,7 +513,7 @@ def reduce_scatter_world(
         return x
     share = x.new_empty(len(x) // ctx.world_size, *x.shape[1:])
     received = (ctx.world_size - 1) * _num_bytes(share)
-    with _named_failure(_record(kind, received, ctx.world_size, ctx, layer)):
+    with _named_failure(_record(kind, "reduce_scatter", "world", received, ctx, layer)):
         _reduce_scatter_into(share, x, group=ctx.world_group)
     return share
 
@@ -495,7 +535,7 @@ def all_to_all_rows(
     received = rows.new_empty(sum(from_ranks), *rows.shape[1:])
     row_bytes = math.prod(rows.shape[1:]) * rows.element_size()
     num_bytes = (sum(from_ranks) - from_ranks[ctx.rank]) * row_bytes
-    with _named_failure(_record(kind, num_bytes, ctx.world_size, ctx, layer)):
+    with _named_failure(_record(kind, "all_to_all", "world", num_bytes, ctx, layer)):
         _all_to_all(received, rows.contiguous(), from_ranks, to_ranks, group=ctx.world_group)
     return received
 
@@ -505,7 +545,7 @@ def broadcast(x: torch.Tensor, ctx: ParallelContext) -> torch.Tensor:
     if ctx.world_group is None:
         return x
     received = 0 if ctx.rank == 0 else _num_bytes(x)
-    with _named_failure(_record("check", received, ctx.world_size, ctx)):
+    with _named_failure(_record("check", "broadcast", "world", received, ctx)):
         dist.broadcast(x, group=ctx.world_group, group_src=0)
     return x
 
@@ -540,7 +580,7 @@ def fail_together(
         This rank's own error; or an error of the type of the first failing rank's, with its
         message; or InputError if the digests differ.
     """
-    group = ctx.host_group or ctx.world_group
+    group, _ = _group(ctx, "host")
     if group is None:
         if error is not None:
             raise error
@@ -548,7 +588,7 @@ def fail_together(
     mine = torch.frombuffer(bytearray([error is not None, *digest]), dtype=torch.uint8)
     if torch.device("cpu") not in group._device_types:
         mine = mine.to(default_device())
-    all_ranks = _all_gather(mine[None], group, ctx.world_size, "check", ctx).cpu()
+    all_ranks = _all_gather(mine[None], "host", "check", ctx).cpu()
     failed = all_ranks[:, 0].nonzero().flatten().tolist()
     if failed:
         reports: list[Any] = [None] * ctx.world_size
@@ -573,36 +613,44 @@ def _report(error: Exception | None) -> tuple[type[Exception], str] | None:
     return (type(error) if isinstance(error, Qwen3CPError) else InputError), str(error)
 
 
+def _group(ctx: ParallelContext, name: GroupName) -> tuple[dist.ProcessGroup | None, int]:
+    """A group, None if it is of one rank, and its size."""
+    if name == "host":
+        return ctx.host_group or ctx.world_group, ctx.world_size
+    return getattr(ctx, f"{name}_group"), getattr(ctx, f"{name}_size")
+
+
 def _all_gather(
     x: torch.Tensor,
-    group: dist.ProcessGroup | None,
-    size: int,
+    name: GroupName,
     kind: str,
     ctx: ParallelContext,
     layer: int | None = None,
     form: str = "exact",
 ) -> torch.Tensor:
+    group, size = _group(ctx, name)
     if group is None:
         return x
     gathered = x.new_empty(size * x.shape[0], *x.shape[1:])
     if gathered.numel() == 0:  # on all ranks, since all give the same shape
         return gathered
-    with _named_failure(_record(kind, (size - 1) * _num_bytes(x), size, ctx, layer, form)):
+    received = (size - 1) * _num_bytes(x)
+    with _named_failure(_record(kind, "all_gather", name, received, ctx, layer, form)):
         _all_gather_into(gathered, x.contiguous(), group=group)
     return gathered
 
 
 def _sum_exactly(
     x: torch.Tensor,
-    group: dist.ProcessGroup | None,
-    size: int,
+    name: GroupName,
     kind: str,
     ctx: ParallelContext,
     layer: int | None,
 ) -> None:
     """Overwrites a contiguous x with its sum over the group."""
+    group, size = _group(ctx, name)
     received = all_reduce_bytes("exact", 1, x.numel(), x.element_size(), size)
-    with _named_failure(_record(kind, received, size, ctx, layer)):
+    with _named_failure(_record(kind, "all_reduce", name, received, ctx, layer)):
         dist.all_reduce(x, group=group)
 
 
@@ -619,19 +667,19 @@ def pass_on(x: torch.Tensor, ctx: ParallelContext, cp_rank: int) -> None:
     if ctx.cp_group is None:
         return
     received = 0 if ctx.cp_rank == cp_rank else _num_bytes(x)
-    with _named_failure(_record("weights", received, ctx.cp_size, ctx)):
+    with _named_failure(_record("weights", "broadcast", "cp", received, ctx)):
         dist.broadcast(x.detach().view(-1).view(torch.uint8), group=ctx.cp_group, group_src=cp_rank)
 
 
 def send_to_first(x: torch.Tensor, ctx: ParallelContext) -> None:
     """Sends a contiguous x to rank 0, which must `receive` it. Waits for that."""
-    with _named_failure(_record("weights", 0, 2, ctx)):
+    with _named_failure(_record("weights", "point_to_point", "world", 0, ctx)):
         dist.send(x.detach().view(-1).view(torch.uint8), group=ctx.world_group, group_dst=0)
 
 
 def receive(x: torch.Tensor, ctx: ParallelContext, rank: int) -> torch.Tensor:
     """Overwrites a contiguous x with what a rank of the replica sends, and returns it."""
-    with _named_failure(_record("weights", _num_bytes(x), 2, ctx)):
+    with _named_failure(_record("weights", "point_to_point", "world", _num_bytes(x), ctx)):
         dist.recv(x.view(-1).view(torch.uint8), group=ctx.world_group, group_src=rank)
     return x
 
@@ -655,16 +703,32 @@ def _observe(
 
 def _record(
     kind: str,
+    algorithm: str,
+    group: GroupName,
     num_bytes: int,
-    group_size: int,
     ctx: ParallelContext,
     layer: int | None = None,
     form: str = "exact",
+    *,
+    asynchronous: bool = False,
 ) -> str:
     """Logs a collective and returns what to call it in an error message."""
+    size = 2 if algorithm == "point_to_point" else _group(ctx, group)[1]
     for log in _open_logs.get():
-        log.records.append(CommunicationRecord(kind, num_bytes, group_size, ctx.phase, layer, form))
-    return f"{kind} over {group_size} ranks, on cp_rank {ctx.cp_rank}, tp_rank {ctx.tp_rank}"
+        log.records.append(
+            CommunicationRecord(
+                kind=kind,
+                algorithm=algorithm,
+                group=group,
+                bytes=num_bytes,
+                group_size=size,
+                phase=ctx.phase,
+                layer=layer,
+                form=form,
+                asynchronous=asynchronous,
+            )
+        )
+    return f"{kind} over {size} ranks, on cp_rank {ctx.cp_rank}, tp_rank {ctx.tp_rank}"
 
 
 @contextmanager

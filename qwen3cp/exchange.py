@@ -196,7 +196,7 @@ def _by_all_to_all(
         sent = torch.empty(0, row_bytes + 8 * top_k, dtype=torch.int8, device=hidden.device)
         counts = torch.zeros(ctx.world_size, dtype=torch.int64, device=hidden.device)
     # the one thing that is read back: how many rows each rank sends to each
-    matrix = collectives.gather_ranks(counts, ctx, KIND, layer).tolist()
+    matrix = collectives.gather_counts(counts, ctx, KIND, layer)
     to_ranks, from_ranks = matrix[ctx.rank], [row[ctx.rank] for row in matrix]
     sent = sent[: sum(to_ranks)]
     received = collectives.all_to_all_rows(sent, to_ranks, from_ranks, ctx, KIND, layer)

@@ -40,7 +40,14 @@ from qwen3cp.weights.reader import LoadReport, OpenFiles, Task, tasks_of
 if TYPE_CHECKING:
     from qwen3cp.model import CPQwen3MoeForCausalLM
 
-__all__ = ["Checkpoint", "config_of", "load_pretrained", "read_json", "resolve_dtype"]
+__all__ = [
+    "Checkpoint",
+    "build_empty",
+    "config_of",
+    "load_pretrained",
+    "read_json",
+    "resolve_dtype",
+]
 
 NUM_ROUNDS = 8
 """Times during reading that the ranks tell one another whether they failed."""
@@ -165,7 +172,9 @@ def load_pretrained(
             checkpoint = Checkpoint.read(folder, ctx, config, expert_placement)
             dtype = resolve_dtype(dtype, checkpoint.config)
             check_dtype(dtype, device)
-            model = _build(model_class, checkpoint, ctx, dtype, device)
+            model = build_empty(
+                model_class, checkpoint.config, ctx, dtype, device, checkpoint.placement
+            )
         same = (
             checkpoint.config.to_json_string(),
             checkpoint.placement,
@@ -267,19 +276,20 @@ def _is_fp8(stored: Any) -> bool:
     return stored is not None and stored.dtype == FP8
 
 
-def _build(
+def build_empty(
     model_class: type[CPQwen3MoeForCausalLM],
-    checkpoint: Checkpoint,
+    config: Qwen3MoeConfig,
     ctx: ParallelContext,
     dtype: torch.dtype,
     device: torch.device,
+    expert_placement: ExpertPlacement | None = None,
 ) -> CPQwen3MoeForCausalLM:
-    """The model, with parameters allocated once, where they will stay, and not filled."""
-    config = checkpoint.config
+    """The model, with parameters allocated once, where they will stay, and not filled. Buffers
+    are on the CPU. Sets the config's dtype."""
     config.dtype = dtype
     # transformers would draw initial values, which takes its time on the meta device, too
     with init_empty_weights(), no_init_weights():
-        model = model_class(config, parallel_context=ctx, expert_placement=checkpoint.placement)
+        model = model_class(config, parallel_context=ctx, expert_placement=expert_placement)
     meta: dict[nn.Module, dict[str, nn.Parameter]] = {
         module: dict(module.named_parameters(recurse=False)) for module in model.modules()
     }
