@@ -11,6 +11,7 @@ import importlib.util
 import torch
 
 from qwen3cp.ops import attention, cache, moe, norm, quant, rotary
+from qwen3cp.ops.checks import without_grad
 from qwen3cp.ops.schemas import SCHEMAS
 from qwen3cp.ops.settings import settings
 
@@ -49,4 +50,4 @@ for _name, _schema in SCHEMAS.items():
         _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag, *_in_place))
         _library.impl(_name, _KERNELS[_name].meta, "Meta")
     # Inference only: what the kernels do inside is not recorded, and backward warns.
-    _library.impl(_name, torch.no_grad()(_KERNELS[_name].cpu), "CPU")
+    _library.impl(_name, without_grad(_KERNELS[_name].cpu), "CPU")
