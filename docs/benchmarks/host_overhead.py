@@ -106,8 +106,8 @@ class Count(TorchDispatchMode):
 
 
 def measure(model: CPQwen3MoeForCausalLM, prefill: bool) -> tuple[float, int, Counter[str]]:
-    """Least seconds and function calls of a forward without the operators of the NPU, and all of its
-    operator calls."""
+    """Least seconds and function calls of a forward without the operators of the NPU, and all
+    operator calls of one."""
     cache = model.new_kv_cache(num_pages=2 + 2 * SEQUENCES)
     sequences = [cache.new_sequence() for _ in range(SEQUENCES)]
     model.prefill(cache, sequences, [[1] * PROMPT] * SEQUENCES)
