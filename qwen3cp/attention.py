@@ -14,6 +14,7 @@ from qwen3cp import collectives
 from qwen3cp.config import check_supported, local_config
 from qwen3cp.errors import InputError
 from qwen3cp.kv_cache import LayerKV
+from qwen3cp.ops.checks import without_grad
 from qwen3cp.ops.products import linear, matmul
 from qwen3cp.parallel import ParallelContext
 from qwen3cp.plan import ForwardPlan
@@ -40,7 +41,7 @@ class CPQwen3MoeAttention(Qwen3MoeAttention):
         self.num_kv_heads = local.num_key_value_heads
         self.parallel_context = parallel_context
 
-    @torch.no_grad()
+    @without_grad
     def forward(
         self,
         hidden: torch.Tensor,
@@ -67,19 +68,24 @@ class CPQwen3MoeAttention(Qwen3MoeAttention):
         """
         ctx = self.parallel_context
         _check_plan(plan, hidden, ctx)
-        # [1, T, 1, D]: the operator takes at most 999 batches, so tokens go in its S axis
-        cos, sin = (x.view(1, -1, 1, self.head_dim) for x in position_embeddings)
+        cos, sin = position_embeddings
+        # the operator takes at most 999 batches, so tokens go in its S axis
+        for_operator = (1, plan.num_rows, 1, self.head_dim)
+        if cos.shape != for_operator:
+            cos, sin = cos.view(for_operator), sin.view(for_operator)
         packed = hidden.new_empty(2, plan.padded_rows, self.num_kv_heads * self.head_dim)
-        key, value = packed[0, : plan.num_rows], packed[1, : plan.num_rows]
-        projected = linear(hidden, self.k_proj)
-        key.copy_(self._norm_and_rotate(projected, self.k_norm, cos, sin).flatten(1))
+        key, value = packed.unbind()
+        if plan.num_rows < plan.padded_rows:
+            key, value = key[: plan.num_rows], value[: plan.num_rows]
+        rotated = self._norm_and_rotate(linear(hidden, self.k_proj), self.k_norm, cos, sin)
+        key.copy_(rotated.view(key.shape))
         _linear_into(value, hidden, self.v_proj)
         gather = collectives.kv_gather(
             packed, ctx, split=plan.is_split, head_dim=self.head_dim, layer=self.layer_idx
         )
 
         # in flight: the gather
-        query = self._norm_and_rotate(linear(hidden, self.q_proj), self.q_norm, cos, sin)
+        query = self._norm_and_rotate(linear(hidden, self.q_proj), self.q_norm, cos, sin)[0]
 
         torch.ops.npu.npu_scatter_nd_update_(kv.rows, plan.slots, gather.wait())
         attended = self._attend(query, plan, kv)
@@ -89,17 +95,17 @@ class CPQwen3MoeAttention(Qwen3MoeAttention):
     def _norm_and_rotate(
         self, projected: torch.Tensor, norm: torch.nn.Module, cos: torch.Tensor, sin: torch.Tensor
     ) -> torch.Tensor:
-        """[T, heads * D] -> [T, heads, D]"""
-        heads_TND = projected.unflatten(-1, (projected.shape[-1] // self.head_dim, self.head_dim))
-        normed = torch.ops.npu.npu_rms_norm(heads_TND, norm.weight, norm.variance_epsilon)[0]
-        return torch.ops.npu.npu_rotary_mul(normed[None], cos, sin)[0]
+        """[T, heads * D] -> [1, T, heads, D]"""
+        heads = projected.view(1, -1, projected.shape[1] // self.head_dim, self.head_dim)
+        normed = torch.ops.npu.npu_rms_norm(heads, norm.weight, norm.variance_epsilon)[0]
+        return torch.ops.npu.npu_rotary_mul(normed, cos, sin)
 
     def _attend(self, query_TND: torch.Tensor, plan: ForwardPlan, kv: LayerKV) -> torch.Tensor:
         """[T, N, D] -> [T, N, D], in one call unless the plan had to split it."""
         key, value = kv.pages()
         outputs = [
             torch.ops.npu.npu_fused_infer_attention_score(
-                query_TND[call.start : call.stop],
+                query_TND if len(plan.calls) == 1 else query_TND[call.start : call.stop],
                 key,
                 value,
                 atten_mask=kv.causal_mask,

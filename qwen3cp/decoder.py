@@ -13,6 +13,7 @@ from qwen3cp.attention import CPQwen3MoeAttention
 from qwen3cp.config import is_sparse
 from qwen3cp.kv_cache import LayerKV
 from qwen3cp.moe import CPQwen3MoeMLP, CPQwen3MoeSparseMoeBlock
+from qwen3cp.ops.checks import without_grad
 from qwen3cp.parallel import ParallelContext
 from qwen3cp.plan import ForwardPlan
 
@@ -46,7 +47,7 @@ class CPQwen3MoeDecoderLayer(Qwen3MoeDecoderLayer):
         self.input_layernorm = Qwen3MoeRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = Qwen3MoeRMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    @torch.no_grad()
+    @without_grad
     def forward(
         self,
         hidden: torch.Tensor,

@@ -153,7 +153,8 @@ class CPQwen3MoeModel(Qwen3MoeModel):
         Args:
             layer_inputs: a list to which each layer's input, [rows, H], is appended.
         """
-        position_embeddings = self.position_embeddings(plan)
+        # in the form of the operator, for all layers at once
+        cos, sin = (x.unsqueeze(2) for x in self.position_embeddings(plan))
         residual = None
         for index, layer in enumerate(self.layers):
             if layer_inputs is not None:
@@ -163,7 +164,7 @@ class CPQwen3MoeModel(Qwen3MoeModel):
                 residual,
                 plan=plan,
                 kv=cache.layer(index),
-                position_embeddings=position_embeddings,
+                position_embeddings=(cos, sin),
             )
         assert residual is not None, "a model has at least one layer"
         return hidden, residual
@@ -215,7 +216,8 @@ class CPQwen3MoeModel(Qwen3MoeModel):
         layer_inputs: list[torch.Tensor] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """This rank's rows of a request through embedding and layers: (hidden, residual)."""
-        hidden = self.embed_tokens(plan.split(request.ids).to(self.device))
+        ids = plan.split(request.ids).to(self.embed_tokens.weight.device)
+        hidden = self.embed_tokens(ids)
         return self.run_layers(hidden, plan, request.cache, layer_inputs=layer_inputs)
 
     def final_hidden(
@@ -391,7 +393,8 @@ class CPQwen3MoeModel(Qwen3MoeModel):
     def _check_cache(self, cache: PagedKVCache) -> None:
         if not isinstance(cache, PagedKVCache):
             raise InputError(f"cache is a {type(cache).__name__}, not a PagedKVCache")
-        expected = (len(self.layers), self._kv_width, self.dtype, self.device)
+        weight = self.embed_tokens.weight  # self.dtype would look at all parameters
+        expected = (len(self.layers), self._kv_width, weight.dtype, weight.device)
         actual = (cache.num_layers, cache.kv_width, cache.dtype, cache.device)
         if actual != expected:
             raise InputError(
@@ -851,7 +854,7 @@ class CPQwen3MoeForCausalLM(Qwen3MoeForCausalLM):
         everything = torch.arange(len(request.ids))
         if plan.phase is not ForwardPhase.DECODE or not torch.equal(request.wanted, everything):
             return None
-        ids = request.ids.to(self.device)
+        ids = request.ids.to(self.lm_head.weight.device)
         if self._compiled_step is None or routing.is_recording():
             return self.decode_step(ids, plan, request.cache)
         return self._compiled_step(self, ids, plan, request.cache)

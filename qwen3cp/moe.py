@@ -23,6 +23,7 @@ from qwen3cp import collectives
 from qwen3cp.config import check_supported, local_config, local_experts
 from qwen3cp.errors import InputError
 from qwen3cp.exchange import exchange
+from qwen3cp.ops.checks import without_grad
 from qwen3cp.ops.products import linear, matmul
 from qwen3cp.parallel import ForwardPhase, ParallelContext, div_even
 from qwen3cp.plan import ForwardPlan
@@ -51,7 +52,7 @@ class CPQwen3MoeMLP(Qwen3MoeMLP):
         self.parallel_context = parallel_context
         self.layer_idx = layer_idx
 
-    @torch.no_grad()
+    @without_grad
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """[T, H] -> [T, H]. Collective over tp_group (one all-reduce)."""
         rows = hidden.shape[0]
@@ -110,7 +111,7 @@ class CPQwen3MoeSparseMoeBlock(Qwen3MoeSparseMoeBlock):
         self.parallel_context = ctx
         self.layer_idx = layer_idx
 
-    @torch.no_grad()
+    @without_grad
     def forward(self, hidden: torch.Tensor, *, plan: ForwardPlan | None = None) -> torch.Tensor:
         """[T, H] -> [T, H].
 

@@ -164,6 +164,42 @@ def test_the_keys_are_the_only_copy_of_a_layer(small):
     assert copies == {"aten.copy_": 1}
 
 
+# What views, products and allocations of a layer are made beside the operators of the NPU; a
+# decode and a prefill on one rank make the same.
+OTHER_CALLS_OF_A_LAYER = {
+    "aten.new_empty": 1,  # keys and values, packed
+    "aten.unbind": 2,  # of them, and of the cache
+    "aten.mm": 5,  # key, value, query, output, router
+    "aten.t": 5,
+    "aten.view": 6,
+    "aten.select": 1,
+    "aten.transpose": 2,  # the experts' weights
+    "aten.copy_": 1,  # keys
+    "aten.sum": 1,  # the weights of a token's experts, renormalised
+    "aten.div": 1,
+}
+
+
+@pytest.mark.parametrize("phase", [PREFILL, DECODE])
+def test_every_operator_call_of_a_layer(small, phase):
+    model = load(small, 1, 1)
+    cache = model.new_kv_cache(num_pages=8)
+    sequences = [cache.new_sequence() for _ in range(3)]
+    model.prefill(cache, sequences, random_ids(0, 4, 200, 3, vocab_size=203))
+    plan = model.plan(cache, sequences, [1, 1, 1], phase)
+    hidden = model.model.embed_tokens(torch.arange(3)).detach()
+    cos, sin = (x.unsqueeze(2) for x in model.model.position_embeddings(plan))
+    with model.parallel_context.forward(phase), torch.no_grad(), Recorder() as recorder:
+        model.model.layers[1](
+            hidden,
+            hidden,
+            plan=plan,
+            kv=cache.layer(1),
+            position_embeddings=(cos, sin),
+        )
+    assert Counter(recorder.calls) == {**OPERATORS_OF_A_LAYER, **OTHER_CALLS_OF_A_LAYER}
+
+
 def held_in_prefill(path: Path, length: int) -> list[tuple[str, str, tuple[int, ...]]]:
     """What of a prefill on 4 CP ranks has an axis as long as the sequence."""
     model = load(path, 4, 1)

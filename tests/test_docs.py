@@ -377,6 +377,14 @@ def test_performance_is_what_was_measured(monkeypatch):
     assert places == set(found)
 
 
+def test_host_overhead_is_what_was_measured(monkeypatch):
+    folder = ROOT / "docs" / "benchmarks"
+    monkeypatch.syspath_prepend(str(folder))
+    module = importlib.import_module("host_overhead")
+    results = json.loads((folder / "host_overhead.json").read_text())
+    assert module.table(results) in (ROOT / "docs" / "compile.md").read_text()
+
+
 def test_what_the_check_exchanges():
     assert len(plan([13], [0], 0).digest) + 1 == 17  # and the status
 

@@ -20,6 +20,7 @@ from tests.conftest import CHECKPOINT
 EXAMPLES = Path(__file__).parent.parent / "docs" / "examples"
 NAMES = sorted(path.stem for path in EXAMPLES.glob("*.py") if path.stem != "demo")
 LAST_STEP = {  # what each must print; the numbers are the answers to its questions
+    "compiled_decode": ["#### 65", "#### 72", "graphs: 2, breaks: 0"],
     "custom_loop": ["#### 65", "#### 72", "#### 20", "free pages: 31 of 31"],
     "hf_generate": ["#### 65", "#### 72"],
     "fork_samples": ["405 tokens of prompt; 4 sequences of 16 pages use 7", "sample: "],

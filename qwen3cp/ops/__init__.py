@@ -10,6 +10,7 @@ import importlib.util
 
 import torch
 
+from qwen3cp.ops.checks import without_grad
 from qwen3cp.ops.registry import KERNELS, check_call, tags_of
 from qwen3cp.ops.rules import RULES
 from qwen3cp.ops.schemas import SCHEMAS
@@ -38,4 +39,4 @@ for _name, _schema in SCHEMAS.items():
         _library.define(_schema, tags=tags_of(_schema))
         _library.impl(_name, KERNELS[_name].meta, "Meta")
     # Inference only: what the kernels do inside is not recorded, and backward warns.
-    _library.impl(_name, torch.no_grad()(KERNELS[_name].cpu), "CPU")
+    _library.impl(_name, without_grad(KERNELS[_name].cpu), "CPU")

@@ -5,13 +5,30 @@ make the same ones. What can be checked only with the data in hand is checked by
 """
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from functools import wraps
+from typing import NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 from qwen3cp.ops.rules import Rule
 from qwen3cp.ops.settings import settings
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def without_grad(function: Callable[P, R]) -> Callable[P, R]:
+    """torch.no_grad() as a decorator that costs nothing where it is off already, as in a forward,
+    where a switch for each operator and module would take a tenth of the host's time."""
+    switching_off = torch.no_grad()(function)
+
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        run = switching_off if torch.is_grad_enabled() else function
+        return run(*args, **kwargs)
+
+    return call
 
 
 class Kernel(NamedTuple):
