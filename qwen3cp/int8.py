@@ -14,6 +14,8 @@ from collections.abc import Iterator
 
 import torch
 
+import qwen3cp.ops  # noqa: F401
+
 __all__ = ["CHUNK_VALUES", "block_bytes", "chunks", "dequantise_", "pack", "sum_of", "unpack"]
 
 CHUNK_VALUES = 1 << 23

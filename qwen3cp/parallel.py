@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+import qwen3cp.ops  # noqa: F401  loads torch_npu, which decides on the device and the backend
 from qwen3cp.errors import ParallelConfigError
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 from transformers import GenerationConfig
 
-from qwen3cp import CommConfig, CPQwen3MoeForCausalLM, __version__, cli
+from qwen3cp import CommConfig, CPQwen3MoeForCausalLM, __version__, cli, launch
 from qwen3cp.errors import CommunicationError, InputError, KVCacheFullError
 from qwen3cp.launch import exit_code_of, start_ranks
 from tests.conftest import CHECKPOINT
@@ -233,7 +233,7 @@ def test_mistakes_are_one_line_and_exit_code_2(run, monkeypatch, mistake, cp):
         if mistake in ("cp", "tp", "greedy top_p", "no template"):
             return  # sizes that would be overwritten, and what needs the checkpoint
         arguments = [*arguments, "--cp", "2"]
-        monkeypatch.setattr(cli, "start_ranks", lambda *_: pytest.fail("ranks were started"))
+        monkeypatch.setattr(launch, "start_ranks", lambda *_: pytest.fail("ranks were started"))
     result = run("generate", *arguments)
     assert result.code == 2
     assert result.stdout == ""
@@ -277,7 +277,7 @@ def test_settings_of_the_communication_reach_the_model(run, monkeypatch):
     ],
 )
 def test_mistakes_in_a_report(run, monkeypatch, options, message):
-    monkeypatch.setattr(cli, "start_ranks", lambda *_: pytest.fail("ranks were started"))
+    monkeypatch.setattr(launch, "start_ranks", lambda *_: pytest.fail("ranks were started"))
     result = run("report-comm", MODEL, "--prompt", SHORT, *options)
     assert (result.code, result.stdout) == (2, "")
     (line,) = result.errors

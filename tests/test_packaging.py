@@ -9,6 +9,8 @@ import sys
 import zipfile
 from pathlib import Path
 
+import pytest
+
 import qwen3cp
 
 ROOT = Path(__file__).parents[1]
@@ -75,3 +77,25 @@ def test_public_names():
     for name in qwen3cp.__all__:
         assert hasattr(qwen3cp, name), name
     assert sorted(qwen3cp.__all__, key=str.lower) == sorted(set(qwen3cp.__all__), key=str.lower)
+
+
+def test_the_command_line_imports_no_torch():
+    """Help and `doctor` have to work where torch or torch_npu does not import."""
+    script = "import sys, qwen3cp.cli; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_every_public_name_is_there():
+    import qwen3cp
+
+    for name in qwen3cp.__all__:
+        assert getattr(qwen3cp, name) is not None
+    assert set(qwen3cp.__all__) <= set(dir(qwen3cp))
+    with pytest.raises(AttributeError, match="no_such_name"):
+        _ = qwen3cp.no_such_name
+
+
+def test_operators_are_there_whoever_is_imported_first():
+    for modules in ("torch, qwen3cp", "torch, qwen3cp.cli", "qwen3cp.int8", "qwen3cp.parallel"):
+        script = f"import {modules}, torch; torch.ops.npu.npu_swiglu"
+        subprocess.run([sys.executable, "-c", script], check=True)
