@@ -26,7 +26,6 @@ from accelerate import init_empty_weights
 from lm_eval import utils
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import CacheHook, hash_args
-from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import (
     handle_stop_sequences,
@@ -55,7 +54,7 @@ MAX_ROWS = 256
 PREFILL_TOKENS = 4096
 NPU_MEMORY = 0.8
 """Of what the loaded model leaves free on an NPU, the share that the cache takes."""
-CPU_BYTES = 1 << 30
+CPU_BYTES = 1 << 29
 """Of the cache on a CPU."""
 REFUSED = (
     "assistant_model",
@@ -148,7 +147,7 @@ class CPQwen3LM(_HFLM):
         batch_size: documents in the batch; "auto" is as many as the cache has room for, up to
             max_batch_size.
         cache_tokens: tokens of the KV cache, on each rank; None is by the free memory on an NPU and
-            1 GiB on a CPU, the same on all ranks.
+            512 MiB on a CPU, the same on all ranks.
         prefill_tokens: tokens of one prefill; longer prompts are run in chunks.
         think_end_token, enable_thinking, chat_template_args, add_bos_token, prefix_token_id,
         truncation, use_fast_tokenizer, trust_remote_code: as of `hf`; code of a repository is only
@@ -258,7 +257,7 @@ class CPQwen3LM(_HFLM):
                 enable_thinking=enable_thinking,
                 chat_template_args=chat_template_args,
             )
-        self.pretrained = model.name_or_path
+        self.pretrained = str(model.name_or_path)
         self.max_batch_size = max_rows
         self._max_gen_toks = max_gen_toks
         if max_length is not None and max_length > model.max_sequence_length:
@@ -480,8 +479,7 @@ class CPQwen3LM(_HFLM):
                 raise InputError(
                     "enable_thinking=True cannot be used with tasks that score continuations"
                 )
-            pairs = [self._encode_request(*cast(Any, request.args)) for request in requests]
-            return self._scoring("loglikelihood", requests, list(enumerate(pairs)), parts)
+            return self._continuations(requests, parts)
 
         def finish(index: int, answer: Answer) -> list[Instance]:
             for part in parts[index]:
@@ -608,6 +606,10 @@ class CPQwen3LM(_HFLM):
             return tokens[:1], tokens[1:]
         return [self.prefix_token_id], tokens
 
+    def _continuations(self, requests: list[Instance], parts: list[list[_Part]]) -> _Call:
+        pairs = [self._encode_request(*cast(Any, request.args)) for request in requests]
+        return self._scoring("loglikelihood", requests, list(enumerate(pairs)), parts)
+
     def _scoring(
         self,
         kind: str,
@@ -654,7 +656,7 @@ class CPQwen3LM(_HFLM):
         return _Call(kind=kind, inputs=inputs, truncated=truncated)
 
     def _until(self, gen_kwargs: dict[str, Any]) -> list[str]:
-        until = normalize_gen_kwargs(gen_kwargs, self.max_gen_toks)["until"]
+        until: Any = dict(normalize_gen_kwargs(gen_kwargs, self.max_gen_toks))["until"]
         eos = self.tok_decode(cast(Any, self.eot_token_id), skip_special_tokens=False)
         return handle_stop_sequences(until, eos=cast(Any, eos))
 
@@ -671,6 +673,18 @@ class CPQwen3LM(_HFLM):
         )
 
     # ---------------------------------------------------------------------------------- report
+
+    def find_truncated(self, requests: Seq[Instance]) -> set[tuple[Any, Any]]:
+        """(task, document) of those whose prompts are truncated on the left. Not collective."""
+        of_kind: dict[str, list[Instance]] = {}
+        for request in requests:
+            of_kind.setdefault(request.request_type, []).append(request)
+        truncated = set()
+        if "generate_until" in of_kind:
+            truncated |= self._generation(of_kind["generate_until"]).truncated
+        if "loglikelihood" in of_kind:  # rolled texts go in windows
+            truncated |= self._continuations(of_kind["loglikelihood"], []).truncated
+        return truncated
 
     def get_model_info(self) -> dict[str, Any]:
         """What the harness adds to the `config` of its results."""
@@ -694,9 +708,6 @@ class CPQwen3LM(_HFLM):
             },
             "truncated_documents": len(self.truncated),
         }
-
-
-register_model("qwen3cp")(CPQwen3LM)
 
 
 @dataclass
@@ -724,32 +735,13 @@ class _Rule:
     """A `_Setting` as this rank applies it."""
 
     def __init__(self, lm: CPQwen3LM, setting: _Setting) -> None:
-        given = dict(setting.kwargs)
-        refused = sorted(name for name in REFUSED if given.get(name) is not None)
-        if refused:
-            raise InputError(
-                f"gen_kwargs: {', '.join(refused)} cannot be honoured here; leave it out"
-            )
-        if not given["do_sample"]:
-            given.pop("temperature", None)
-        elif not given.get("temperature"):
-            raise InputError("gen_kwargs: do_sample=True needs a temperature above 0")
-        self._model = lm.model
-        self._config: GenerationConfig
-        try:
-            self._config, unused = self._model._prepare_generation_config(None, **given)
-            self._config.validate()
-        except (TypeError, ValueError) as error:
-            raise InputError(f"gen_kwargs: {error}") from error
-        if unused:
-            raise InputError(f"gen_kwargs: {', '.join(sorted(unused))}: there is no such argument")
-        mode = self._config.get_generation_mode()
-        if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
-            raise InputError(
-                f"gen_kwargs ask for {mode.value}; only greedy search and sampling can be run"
-            )
+        self._model: Any = lm.model
+        self._config, _ = self._model._prepare_generation_config(
+            None, **checked_generation(setting.kwargs)
+        )
+        _check_mode(self._config)
         self._model._prepare_special_tokens(self._config, True, device=self._model.device)
-        self.samples = mode == GenerationMode.SAMPLE
+        self.samples = bool(self._config.do_sample)
         eos = self._config.eos_token_id
         self._stop_ids = {eos} if isinstance(eos, int) else set(eos or ())
         self._stop_texts = setting.until
@@ -819,6 +811,42 @@ class _Progress:
         self._missing[document] -= 1
         if self._missing[document] == 0:
             self._bar.update()
+
+
+def checked_generation(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What transformers' generation is to be told, of what `normalize_gen_kwargs` makes of a task's
+    arguments, stop strings and lengths apart.
+
+    Raises:
+        InputError: an argument that does not exist, or that continuous batching cannot honour.
+    """
+    given = dict(kwargs)
+    refused = sorted(name for name in REFUSED if given.get(name) is not None)
+    if refused:
+        raise InputError(f"gen_kwargs: {', '.join(refused)} cannot be honoured here; leave it out")
+    if not given["do_sample"]:
+        given.pop("temperature", None)
+    elif not given.get("temperature"):
+        raise InputError("gen_kwargs: do_sample=True needs a temperature above 0")
+    config = GenerationConfig()
+    try:
+        unused = config.update(**given)
+        config.validate()
+    except (TypeError, ValueError) as error:
+        raise InputError(f"gen_kwargs: {error}") from error
+    if unused:
+        raise InputError(f"gen_kwargs: {', '.join(sorted(unused))}: there is no such argument")
+    _check_mode(config)
+    return given
+
+
+def _check_mode(config: GenerationConfig) -> None:
+    mode = config.get_generation_mode()
+    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+        raise InputError(
+            f"gen_kwargs, or the checkpoint's generation_config, ask for {mode.value}; only greedy "
+            "search and sampling can be run"
+        )
 
 
 def document_of(request: Instance) -> tuple[Any, Any]:
