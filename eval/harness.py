@@ -12,7 +12,7 @@ from collections.abc import Sequence as Seq
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 from lm_eval._cli.run import Run
 from lm_eval.config.evaluate_config import EvaluatorConfig
@@ -106,11 +106,12 @@ class Arguments:
             raise InputError(f"--limit must be positive, got {config.limit:g}")
         if config.num_fewshot is not None and config.num_fewshot < 0:
             raise InputError(f"--num_fewshot must not be negative, got {config.num_fewshot}")
-        for option, folder in (
-            ("--output_path", config.output_path and _folder_of_results(config.output_path)),
-            ("--use_cache", config.use_cache and Path(config.use_cache).parent),
+        for option, path, folder_of in (
+            ("--output_path", config.output_path, _folder_of_results),
+            ("--use_cache", config.use_cache, lambda path: Path(path).parent),
         ):
-            if folder:
+            if path:
+                folder = folder_of(path)
                 try:
                     folder.mkdir(parents=True, exist_ok=True)
                 except OSError as error:
@@ -175,7 +176,7 @@ def run(lm: CPQwen3LM, arguments: Arguments, tasks: Tasks, model_args: dict[str,
     from lm_eval.utils import handle_non_serializable, make_table, setup_logging
 
     config = arguments.config
-    setup_logging(config.verbosity or os.environ.get("LMEVAL_LOG_LEVEL", "WARNING"))
+    setup_logging(cast(Any, config.verbosity or os.environ.get("LMEVAL_LOG_LEVEL", "WARNING")))
     logs: list[Any] = []
     if config.wandb_args:
         logs.append(WandbLogger(config.wandb_args, config.wandb_config_args))
@@ -267,7 +268,11 @@ def _folder_of_results(output_path: str) -> Path:
 
 
 def _write_tokens(
-    lm: CPQwen3LM, tracker: EvaluationTracker, task: str, kind: str | None, samples: list[dict[str, Any]]
+    lm: CPQwen3LM,
+    tracker: EvaluationTracker,
+    task: str,
+    kind: str | None,
+    samples: list[dict[str, Any]],
 ) -> None:
     """Writes, beside the file of a task's samples, what each document's tokens were and their
     log-probabilities: `logprobs_TASK_DATE.jsonl`, a line for each document.
