@@ -12,6 +12,7 @@ from typing import Annotated
 
 import typer
 
+from qwen3cp.eval.compare_report import compare
 from qwen3cp.options import (
     AsJson,
     Cp,
@@ -264,6 +265,9 @@ def make_random(
             read_config(config), out, dtype=dtype, seed=seed, max_shard_size=max_shard_size
         )
         print(f"{out}: {plan.numel} parameters, {plan.num_bytes / 1e9:.3f} GB")
+
+
+app.command()(compare)
 
 
 def main() -> None:
