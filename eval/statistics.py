@@ -41,7 +41,7 @@ def mcnemar(lost: int, gained: int) -> float:
     """P value, exact and two-sided, that as many answers would be lost or gained by chance.
 
     McNemar (1947), "Note on the sampling error of the difference between correlated proportions or
-    percentages": the binomial test of half and half among the documents that changed. 1 if none did.
+    percentages": the binomial test of half and half among the documents that changed; 1 if none.
     """
     changed = lost + gained
     tail = term = 1  # the binomial coefficients, summed up to the rarer kind

@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 
 from qwen3cp.eval.command import evaluate
+from qwen3cp.eval.compare_report import compare
 from qwen3cp.options import (
     AsJson,
     Cp,
@@ -267,6 +268,7 @@ def make_random(
         print(f"{out}: {plan.numel} parameters, {plan.num_bytes / 1e9:.3f} GB")
 
 
+app.command()(compare)
 app.command("eval", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(
     evaluate
 )

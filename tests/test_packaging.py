@@ -40,7 +40,7 @@ def test_wheel_holds_the_linked_folders(tmp_path):
     expected |= {f"qwen3cp/ops/{p.name}" for p in ROOT.glob("qwen3cp/ops/*.py")}
     for folder in ("weights", "eval"):
         expected |= {f"qwen3cp/{folder}/{p.name}" for p in (ROOT / folder).glob("*.py")}
-    for path in (ROOT / "eval" / "tasks").rglob("*"):
+    for path in (ROOT / "eval").rglob("*"):
         if path.is_file() and "__pycache__" not in path.parts:
             expected.add(f"qwen3cp/{path.relative_to(ROOT)}")
     assert expected | {"qwen3cp/py.typed"} <= names
