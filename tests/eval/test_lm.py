@@ -499,9 +499,7 @@ def test_continuations_as_hf(options, alone, hf):
 
 def test_continuations_that_cannot_be_scored(alone):
     for pair in (("a", ""), ("", ""), ("a", "b " * 800)):
-        with pytest.raises(
-            InputError, match="document 3 of a task: a contin.* 1 to"
-        ):
+        with pytest.raises(InputError, match="document 3 of a task: a contin.* 1 to"):
             alone.loglikelihood([_request("loglikelihood", *pair, doc_id=3)])
 
 
