@@ -374,7 +374,8 @@ PROBLEM = "Question: Mia has 12 eggs. Mia buys 15 more. How many eggs does Mia h
 )
 def test_stop_strings_as_hf(until, alone, hf):
     """Also those that begin in one token and end in another."""
-    got, want = both(alone, hf, _prompts(PROBLEM, until=until, max_gen_toks=40))
+    kwargs = {"max_gen_toks": 40} if until is None else {"max_gen_toks": 40, "until": until}
+    got, want = both(alone, hf, [_request("generate_until", PROBLEM, kwargs)])
     assert got == want
 
 
