@@ -12,6 +12,7 @@ from typing import Annotated
 
 import typer
 
+from qwen3cp.eval.command import evaluate
 from qwen3cp.eval.compare_report import compare
 from qwen3cp.options import (
     AsJson,
@@ -268,6 +269,31 @@ def make_random(
 
 
 app.command()(compare)
+app.command("eval", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(
+    evaluate
+)
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """Tell what this machine has (torch, torch_npu, CANN, NPUs, links), and what to do about it.
+
+    Ends with 1 if something keeps the model from running as this machine could run it.
+    """
+    with reported():
+        from qwen3cp.doctor import examine
+
+        checks = []
+        for check in examine():
+            checks.append(check)
+            if not as_json:
+                print(f"{check.status:8} {check.name}: {check.found}", flush=True)
+                if check.advice is not None:
+                    print(f"{'':8} -> {check.advice}", flush=True)
+        if as_json:
+            print(json.dumps([asdict(check) for check in checks], indent=2))
+        if any(check.status == "problem" for check in checks):
+            raise typer.Exit(1)
 
 
 def main() -> None:

@@ -20,6 +20,19 @@ settings.load_profile("tests")
 torch.set_num_threads(1)  # ranks share the machine's cores
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("npu", "the tests on Ascend NPUs (-m npu)")
+    group.addoption("--npu-report", metavar="FILE", help="JSON file for what they find")
+    group.addoption("--npu-model", metavar="DIR", help="folder with Qwen3-30B-A3B")
+    group.addoption("--npu-gsm8k", metavar="DIR", help="folder with GSM8K's jsonl files")
+    group.addoption(
+        "--npu-device",
+        choices=("npu", "cpu"),
+        default="npu",
+        help="cpu: CPU ranks stand in for NPUs, to test these tests",
+    )
+
+
 @pytest.fixture(scope="session")
 def checkpoint() -> Path:
     return CHECKPOINT
