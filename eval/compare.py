@@ -158,7 +158,7 @@ class Comparison:
     drifts: list[Drift]
     changes: list[Change]
     texts_differ: dict[str, int]
-    """Task -> documents whose responses differ at all."""
+    """Task -> documents whose generated texts differ at all."""
     only_in_a: dict[str, list[int]]
     """Task -> documents that the other run does not have."""
     only_in_b: dict[str, list[int]]
@@ -328,7 +328,8 @@ def _compare_task(
                 )
             yield (filter, metric), right, other
     one_each = list({x.doc_id: (x, y) for x, y in pairs}.values())
-    found.texts_differ[task] = sum(_text(x, kind) != _text(y, kind) for x, y in one_each)
+    if kind == "generate_until":
+        found.texts_differ[task] = sum(x.responses != y.responses for x, y in one_each)
     partings = _partings(task, one_each, a, b)
     for x, y in one_each:
         if x.doc_id in outcomes:
