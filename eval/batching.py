@@ -29,7 +29,17 @@ from qwen3cp.model import CPQwen3MoeForCausalLM, Request
 from qwen3cp.parallel import ForwardPhase
 from qwen3cp.plan import MAX_CALL_ROWS
 
-__all__ = ["Batch", "Generated", "Prefix", "Run", "Scored", "sharing_order", "shared_prefixes"]
+__all__ = [
+    "Batch",
+    "Generated",
+    "Prefix",
+    "Run",
+    "Scored",
+    "check_room",
+    "longest",
+    "shared_prefixes",
+    "sharing_order",
+]
 
 Tokens = np.ndarray[Any, np.dtype[np.int32]]
 
@@ -59,8 +69,24 @@ class Run:
 
     @property
     def longest(self) -> int:
-        """Tokens in the cache when it ends: the last new one is never run."""
-        return len(self.tokens) + max(0, self.max_new_tokens - 1)
+        """Tokens in the cache when it ends."""
+        return longest(self)
+
+
+def longest(run: Any) -> int:
+    """Tokens in the cache when a run ends: the last new one is never run."""
+    return len(run.tokens) + max(0, run.max_new_tokens - 1)
+
+
+def check_room(cache: PagedKVCache, lengths: Seq[int]) -> None:
+    """Raises KVCacheFullError if the empty cache has no room for a sequence of such a length."""
+    room = (cache.num_pages - 1) * cache.page_size
+    if max(lengths, default=0) > room:
+        raise KVCacheFullError(
+            f"a document needs {max(lengths)} tokens of the KV cache, its longest answer included, "
+            f"but the cache has {room}: make it larger (cache_tokens), or allow fewer new tokens "
+            "(max_gen_toks)"
+        )
 
 
 @dataclass(frozen=True)
@@ -214,7 +240,7 @@ class Batch:
         Raises:
             KVCacheFullError: a run that even the empty cache has no room for; before any forward.
         """
-        self._check_room(runs)
+        check_room(self.cache, [run.longest for run in runs])
         order = sharing_order([run.tokens for run in runs])
         prefixes = shared_prefixes(
             [runs[i].tokens for i in order], [runs[i].first_wanted for i in order]
@@ -240,15 +266,6 @@ class Batch:
         return self.cache.num_pages - 1 - self.cache.num_free_pages
 
     # ------------------------------------------------------------------------------- admission
-
-    def _check_room(self, runs: Seq[Run]) -> None:
-        longest = max((run.longest for run in runs), default=0)
-        if self._pages(longest) > self.cache.num_pages - 1:
-            raise KVCacheFullError(
-                f"a document needs {longest} tokens of the KV cache, its longest answer included, "
-                f"but the cache has {(self.cache.num_pages - 1) * self.cache.page_size}: make it "
-                "larger (cache_tokens), or allow fewer new tokens (max_gen_toks)"
-            )
 
     def _pages(self, tokens: int) -> int:
         return -(-tokens // self.cache.page_size)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import pickle
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -36,8 +35,17 @@ from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.generation import GenerationMode
 
-from qwen3cp.errors import CommunicationError, InputError, KVCacheFullError
-from qwen3cp.eval.batching import Batch, Generated, Run, Scored, Tokens, sharing_order
+from qwen3cp.errors import CommunicationError, InputError
+from qwen3cp.eval.batching import (
+    Batch,
+    Generated,
+    Run,
+    Scored,
+    Tokens,
+    check_room,
+    longest,
+    sharing_order,
+)
 from qwen3cp.eval.ranks import Ranks, report_of
 from qwen3cp.kv_cache import DEFAULT_PAGE_SIZE, PagedKVCache
 from qwen3cp.model import CPQwen3MoeForCausalLM
@@ -106,7 +114,13 @@ class _Call:
     seed: int = 0
 
     def digest(self) -> bytes:
-        return hashlib.blake2b(pickle.dumps((self.kind, self.inputs, self.settings))).digest()
+        """Equal on two ranks only if they ask for the same."""
+        digest = hashlib.blake2b(f"{self.kind} {self.settings}".encode())
+        for x in self.inputs:
+            digest.update(x.tokens.tobytes())
+            shape = (len(x.tokens), x.first_wanted, x.choices, x.max_new_tokens, x.setting)
+            digest.update(repr(shape).encode())
+        return digest.digest()
 
 
 @dataclass(frozen=True)
@@ -385,7 +399,8 @@ class CPQwen3LM(_HFLM):
         delivered: set[int] = set()
         error = None
         try:
-            self._check_room(call.inputs)
+            # on every replica, also for the documents of others
+            check_room(self.kv_cache, [longest(x) for x in call.inputs])
             runs = [self._run(call, i, settings) for i in mine]
             for which, answer in batch.run(runs):
                 answers[mine[which]] = answer
@@ -422,17 +437,6 @@ class CPQwen3LM(_HFLM):
             # by the document's place, so that batches and replicas make no difference
             seed=hash((call.seed, index)) & (2**63 - 1) if rule.samples else None,
         )
-
-    def _check_room(self, inputs: list[_Input]) -> None:
-        """On every replica, also of the documents of others."""
-        longest = max((len(x.tokens) + max(0, x.max_new_tokens - 1) for x in inputs), default=0)
-        room = (self.kv_cache.num_pages - 1) * self.kv_cache.page_size
-        if longest > room:
-            raise KVCacheFullError(
-                f"a document needs {longest} tokens of the KV cache, its longest answer included, "
-                f"but the cache has {room}: make it larger (cache_tokens), or allow fewer new "
-                "tokens (max_gen_toks)"
-            )
 
     # -------------------------------------------------------------------------------- requests
 
@@ -662,6 +666,7 @@ class CPQwen3LM(_HFLM):
 
     def _until(self, gen_kwargs: dict[str, Any]) -> list[str]:
         until: Any = dict(normalize_gen_kwargs(gen_kwargs, self.max_gen_toks))["until"]
+        until = [stop for stop in until if stop is not None]
         eos = self.tok_decode(cast(Any, self.eot_token_id), skip_special_tokens=False)
         return handle_stop_sequences(until, eos=cast(Any, eos))
 

@@ -1,6 +1,7 @@
 """`CPQwen3LM` against lm-eval's own `hf` on the trained checkpoint, on one rank and on several."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from qwen3cp.errors import CommunicationError, InputError, KVCacheFullError
 from qwen3cp.eval import CPQwen3LM, lm
 from qwen3cp.eval.tasks import new_task_manager
 from tests.models import NEAR_TIE, load, reference_logits
+from tests.ranks import Ranks
 
 CHECKPOINT = Path(__file__).parent.parent / "assets" / "tiny-qwen3-moe"
 TEMPLATE = (
@@ -55,7 +57,7 @@ def choices() -> ConfigurableTask:
 def texts() -> ConfigurableTask:
     """Rolling log-likelihoods of texts of several windows, of one, and of one token."""
     line = "Mia has 12 eggs. Mia buys 15 more. How many eggs does Mia have now? "
-    documents = [{"text": line * n} for n in (1, 9, 30)] + [{"text": "a"}]
+    documents = [{"text": line * n} for n in (1, 9, 20)] + [{"text": "a"}]
     return ConfigurableTask(
         config={
             "task": "texts",
@@ -94,8 +96,8 @@ def evaluate(model: Any, *, num_fewshot: int | None = None, **options: Any) -> d
     return {"metrics": metrics, "samples": samples, "config": results["config"]}
 
 
-LIMIT = 12
-MAX_LENGTH = 700  # fewer than some of the documents have
+LIMIT = 10
+MAX_LENGTH = 400  # fewer than some of the documents have
 
 
 def ours(cp: int = 1, tp: int = 1, **options: Any) -> CPQwen3LM:
@@ -223,6 +225,17 @@ def test_few_shot_as_hf(alone, hf):
 # -------------------------------------------------------------------------------- several ranks
 
 
+def on_all(ranks: Callable[[int], Ranks], size: int, function: Callable, *args: Any) -> list[Any]:
+    """As `Ranks.run`, with time for the harness to be imported."""
+    started = ranks(size)
+    started.start(function, *args)
+    outcomes = started.collect(600)
+    for rank, outcome in enumerate(outcomes):
+        if isinstance(outcome, BaseException):
+            raise AssertionError(f"rank {rank} of {size} failed") from outcome
+    return outcomes
+
+
 def _evaluate_on(cp: int, tp: int) -> dict[str, Any]:
     return evaluate(ours(cp, tp))
 
@@ -231,16 +244,16 @@ def _evaluate_on(cp: int, tp: int) -> dict[str, Any]:
 def test_same_as_hf_on_ranks(topology, ranks, actual, expected, hf):
     """Every rank runs the harness, and all have the same results."""
     cp, tp = topology
-    outcomes = ranks(cp * tp).run(_evaluate_on, cp, tp)
+    outcomes = on_all(ranks, cp * tp, _evaluate_on, cp, tp)
     for outcome in outcomes:
         check_same(outcome, expected, hf)
         assert outcome["samples"] == outcomes[0]["samples"]
     assert outcomes[0]["samples"]["word_problems"] == actual["samples"]["word_problems"]
 
 
-def _request(kind: str, *arguments: Any, doc_id: int = 0) -> Instance:
+def _request(kind: Any, *arguments: Any, doc_id: int = 0) -> Instance:
     return Instance(
-        request_type=kind,  # type: ignore[arg-type]
+        request_type=kind,
         doc={},
         arguments=arguments,
         idx=0,
@@ -267,7 +280,7 @@ def _other_requests_on(rank: int) -> str:
 
 
 def test_ranks_with_other_requests_stop_together(ranks):
-    said = ranks(2).run(_other_requests_on, 1)
+    said = on_all(ranks, 2, _other_requests_on, 1)
     assert all("other requests than the first rank" in message for message in said)
 
 
@@ -282,7 +295,7 @@ def _other_errors() -> list[str]:
 
 
 def test_bad_requests_stop_all_ranks(ranks):
-    for said in ranks(2).run(_other_errors):
+    for said in on_all(ranks, 2, _other_errors):
         assert "beam_search" in said[0]
         assert "document 0 of a task has an empty prompt" in said[1]
         assert "max_gen_toks=9999" in said[2]
@@ -323,7 +336,7 @@ def _replicas(serve: bool) -> Any:
 
 @pytest.mark.parametrize("serve", [True, False], ids=["serving", "every rank"])
 def test_replicas_share_the_documents(serve, ranks, actual, expected, hf):
-    outcomes = ranks(2).run(_replicas, serve)
+    outcomes = on_all(ranks, 2, _replicas, serve)
     for outcome in outcomes if not serve else outcomes[:1]:
         check_same(outcome, expected, hf)
         assert outcome["samples"]["word_problems"] == actual["samples"]["word_problems"]
@@ -478,7 +491,7 @@ PAIRS = [
     ("Question:", " Ben"),
     ("<|endoftext|>", "Question"),
     ("", "<|endoftext|>Question"),
-    ("a " * 900, " Mia has 12 eggs"),
+    ("a " * 500, " Mia has 12 eggs"),
     (PROBLEM, " 12 + 15 = <<12+15=27>>27\n#### 27"),
 ]
 
@@ -499,7 +512,7 @@ def test_continuations_as_hf(options, alone, hf):
 
 
 def test_continuations_that_cannot_be_scored(alone):
-    for pair in (("a", ""), ("", ""), ("a", "b " * 800)):
+    for pair in (("a", ""), ("", ""), ("a", "b " * 500)):
         with pytest.raises(InputError, match="document 3 of a task: a contin.* 1 to"):
             alone.loglikelihood([_request("loglikelihood", *pair, doc_id=3)])
 
@@ -539,7 +552,7 @@ def test_batch_size_is_the_rows_of_the_batch(alone, monkeypatch):
 
 
 def test_a_cache_by_memory_is_the_same_on_all_ranks(ranks):
-    for pages in ranks(2).run(_pages):
+    for pages in on_all(ranks, 2, _pages):
         assert pages == 1 + 3  # of the rank that has least
 
 
@@ -570,4 +583,4 @@ def _progress() -> bool:
 
 
 def test_only_the_first_rank_shows_progress(ranks):
-    assert ranks(2).run(_progress) == [True, False]
+    assert on_all(ranks, 2, _progress) == [True, False]
