@@ -72,6 +72,9 @@ class Run:
     def output_type(self, task: str) -> str:
         return str(self.results.get("configs", {}).get(task, {}).get("output_type", ""))
 
+    def higher_is_better(self, task: str, metric: str) -> bool:
+        return self.results.get("higher_is_better", {}).get(task, {}).get(metric) is not False
+
     def settings(self) -> dict[str, Any]:
         """What the results file says of how the run was made, flat: name -> value."""
         named = ("config", "qwen3cp")
