@@ -129,7 +129,7 @@ def read_run(path: str | Path) -> Run:
             for task in files
             if (file := parent / f"logprobs_{task}_{day}.jsonl").exists()
         },
-        older=[str(where / f"results_{when}.json") for when, where in runs[:-1]],
+        older=[str(f) for when, where in runs[:-1] for f in where.glob(f"*_{when}.json")],
     )
 
 
