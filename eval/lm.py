@@ -380,7 +380,9 @@ class CPQwen3LM(_HFLM):
             on_step=lambda tokens: None if progress is None else progress.step(tokens),
         )
         settings = [_Rule(self, setting) for setting in call.settings]
+        mailbox = ranks.mailbox() if ranks.dp_size > 1 else None
         answers: dict[int, Answer] = {}
+        delivered: set[int] = set()
         error = None
         try:
             self._check_room(call.inputs)
@@ -388,18 +390,21 @@ class CPQwen3LM(_HFLM):
             for which, answer in batch.run(runs):
                 answers[mine[which]] = answer
                 finish(mine[which], answer)
+                if mailbox is not None:
+                    mailbox.send((mine[which], answer))
+                    for index, theirs in mailbox.take():
+                        delivered.add(index)
+                        finish(index, theirs)
         except Exception as caught:
-            if ranks.dp_size == 1:
+            if mailbox is None:
                 raise
             error = caught
-        if ranks.dp_size > 1:
+        if mailbox is not None:
             ranks.fail_together(error)
-            for rank, theirs in enumerate(
-                ranks.gather(answers if ranks.speaks_for_replica else {})
-            ):
-                if rank // self.model.parallel_context.world_size != ranks.dp_rank:
-                    for index, answer in theirs.items():
-                        finish(index, answer)
+            of_ranks = ranks.gather(answers if ranks.speaks_for_replica else {})
+            for index, answer in (item for each in of_ranks for item in each.items()):
+                if index not in answers and index not in delivered:
+                    finish(index, answer)
 
     def _run(self, call: _Call, index: int, rules: list[_Rule]) -> Run:
         source = call.inputs[index]

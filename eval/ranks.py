@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -33,6 +34,7 @@ class Ranks:
         self.size = ctx.dp_size * ctx.world_size
         self._members: list[int] | None = None
         self._group: dist.ProcessGroup | None = None
+        self._num_mailboxes = 0
         if self.size > 1:
             whole = ctx.dp_size > 1
             group = dist.group.WORLD if whole else ctx.host_group or ctx.world_group
@@ -74,6 +76,11 @@ class Ranks:
                 error_type, message = report
                 raise error_type(f"rank {rank} stopped this call: {message}")
 
+    def mailbox(self) -> Mailbox:
+        """For one call; collective."""
+        self._num_mailboxes += 1
+        return Mailbox(self, f"qwen3cp/eval/{self._num_mailboxes}")
+
     @contextmanager
     def patient(self) -> Iterator[None]:
         """For the block the ranks wait for one another without a limit of time.
@@ -95,6 +102,36 @@ class Ranks:
         )
         assert isinstance(group, dist.ProcessGroup)
         return group
+
+
+class Mailbox:
+    """Hands what a replica has ready to the first rank while both go on; they wait for nothing.
+
+    It lies in the store that the ranks have met at. What is still in it at the end is left there.
+    """
+
+    def __init__(self, ranks: Ranks, name: str) -> None:
+        self._ranks = ranks
+        self._store = dist.PrefixStore(name, dist.distributed_c10d._get_default_store())
+        self._num_sent = 0
+        self._num_taken = [0] * ranks.dp_size
+
+    def send(self, value: Any) -> None:
+        """Collective over the replica, of which one rank sends. The first rank's own does not."""
+        if self._ranks.dp_rank > 0 and self._ranks.speaks_for_replica:
+            self._store.set(f"{self._ranks.dp_rank}/{self._num_sent}", pickle.dumps(value))
+            self._num_sent += 1
+
+    def take(self) -> Iterator[Any]:
+        """On the first rank: what has come since. On the others: nothing."""
+        if not self._ranks.is_first:
+            return
+        for replica in range(1, self._ranks.dp_size):
+            while self._store.check([key := f"{replica}/{self._num_taken[replica]}"]):
+                value = pickle.loads(self._store.get(key))
+                self._store.delete_key(key)
+                self._num_taken[replica] += 1
+                yield value
 
 
 def report_of(error: BaseException) -> tuple[type[Exception], str]:

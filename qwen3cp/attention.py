@@ -7,7 +7,6 @@ W = K * D; all of this TP rank. H hidden size.
 from __future__ import annotations
 
 import torch
-from torch.nn import functional as F
 from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeAttention
 
@@ -15,6 +14,7 @@ from qwen3cp import collectives
 from qwen3cp.config import check_supported, local_config
 from qwen3cp.errors import InputError
 from qwen3cp.kv_cache import LayerKV
+from qwen3cp.ops.products import linear, matmul
 from qwen3cp.parallel import ParallelContext
 from qwen3cp.plan import ForwardPlan
 
@@ -71,7 +71,7 @@ class CPQwen3MoeAttention(Qwen3MoeAttention):
         cos, sin = (x.view(1, -1, 1, self.head_dim) for x in position_embeddings)
         packed = hidden.new_empty(2, plan.padded_rows, self.num_kv_heads * self.head_dim)
         key, value = packed[0, : plan.num_rows], packed[1, : plan.num_rows]
-        projected = self.k_proj(hidden)
+        projected = linear(hidden, self.k_proj)
         key.copy_(self._norm_and_rotate(projected, self.k_norm, cos, sin).flatten(1))
         _linear_into(value, hidden, self.v_proj)
         gather = collectives.kv_gather(
@@ -79,12 +79,11 @@ class CPQwen3MoeAttention(Qwen3MoeAttention):
         )
 
         # in flight: the gather
-        query = self._norm_and_rotate(self.q_proj(hidden), self.q_norm, cos, sin)
+        query = self._norm_and_rotate(linear(hidden, self.q_proj), self.q_norm, cos, sin)
 
         torch.ops.npu.npu_scatter_nd_update_(kv.rows, plan.slots, gather.wait())
         attended = self._attend(query, plan, kv)
-        bias = self.o_proj.bias if ctx.tp_rank == 0 else None
-        partial = F.linear(attended.flatten(1), self.o_proj.weight, bias)
+        partial = linear(attended.flatten(1), self.o_proj, bias=ctx.tp_rank == 0)
         return collectives.all_reduce(partial, ctx, in_place=True, layer=self.layer_idx)
 
     def _norm_and_rotate(
@@ -135,9 +134,9 @@ def _check_plan(plan: ForwardPlan, hidden: torch.Tensor, ctx: ParallelContext) -
         )
 
 
-def _linear_into(out: torch.Tensor, x: torch.Tensor, linear: torch.nn.Linear) -> None:
-    """linear(x), written to `out` without a copy."""
-    if linear.bias is None:
-        torch.mm(x, linear.weight.t(), out=out)
+def _linear_into(out: torch.Tensor, x: torch.Tensor, layer: torch.nn.Linear) -> None:
+    """layer(x), written to `out` without a copy."""
+    if layer.bias is None:
+        matmul(x, layer.weight.t(), out=out)
     else:
-        torch.addmm(linear.bias, x, linear.weight.t(), out=out)
+        torch.addmm(layer.bias, x, layer.weight.t(), out=out)

@@ -23,6 +23,7 @@ from qwen3cp import collectives
 from qwen3cp.config import check_supported, local_config, local_experts
 from qwen3cp.errors import InputError
 from qwen3cp.exchange import exchange
+from qwen3cp.ops.products import linear, matmul
 from qwen3cp.parallel import ForwardPhase, ParallelContext, div_even
 from qwen3cp.plan import ForwardPlan
 from qwen3cp.routing import count_rows
@@ -55,10 +56,10 @@ class CPQwen3MoeMLP(Qwen3MoeMLP):
         """[T, H] -> [T, H]. Collective over tp_group (one all-reduce)."""
         rows = hidden.shape[0]
         gate_up = hidden.new_empty(2 * rows, self.intermediate_size)  # gate rows, then up rows
-        torch.mm(hidden, self.gate_proj.weight.t(), out=gate_up[:rows])
-        torch.mm(hidden, self.up_proj.weight.t(), out=gate_up[rows:])
+        matmul(hidden, self.gate_proj.weight.t(), out=gate_up[:rows])
+        matmul(hidden, self.up_proj.weight.t(), out=gate_up[rows:])
         activated = torch.ops.npu.npu_swiglu(gate_up, 0)
-        partial = F.linear(activated, self.down_proj.weight)
+        partial = linear(activated, self.down_proj)
         return collectives.all_reduce(
             partial, self.parallel_context, in_place=True, layer=self.layer_idx
         )

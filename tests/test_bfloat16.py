@@ -16,9 +16,9 @@ SEEDS = (0, 1, 2)
 ALLOWED = 1.5
 
 
-def bfloat16_logits(cp: int, tp: int, path: Path, prompts: list[torch.Tensor], float32_scores):
+def bfloat16_logits(cp: int, tp: int, path: Path, prompts: list[torch.Tensor], switches):
     model = load(path, cp, tp, torch.bfloat16)
-    with settings.override(float32_scores=float32_scores):
+    with settings.override(**switches):
         outputs = [model(ids[None], use_cache=False).logits[0] for ids in prompts]
     assert all(x.dtype == torch.bfloat16 for x in outputs)
     return [x.float() for x in outputs]
@@ -43,14 +43,16 @@ def truths(checkpoint):
 @pytest.mark.parametrize("topology", [(1, 1), (2, 1), (1, 2), (2, 2), (4, 1), (1, 4)], ids=str)
 def test_error_against_float32(ranks, checkpoint, truths, topology):
     prompts, truth, theirs = truths
-    results = run(ranks, topology, bfloat16_logits, checkpoint, prompts, True)
+    results = run(ranks, topology, bfloat16_logits, checkpoint, prompts, {"float32_scores": True})
     ours = relative_error(results[0], truth)
     assert 0 < ours <= ALLOWED * theirs, (ours, theirs)
 
 
-def test_scores_rounded_to_bfloat16_stay_within_twice_the_error(checkpoint, truths):
+@pytest.mark.parametrize("bfloat16_products", [False, True])
+def test_default_rounding_stays_within_twice_the_error(checkpoint, truths, bfloat16_products):
     prompts, truth, theirs = truths
-    ours = relative_error(bfloat16_logits(1, 1, checkpoint, prompts, False), truth)
+    switches = {"float32_scores": False, "bfloat16_products": bfloat16_products}
+    ours = relative_error(bfloat16_logits(1, 1, checkpoint, prompts, switches), truth)
     assert 0 < ours <= 2 * theirs, (ours, theirs)
 
 

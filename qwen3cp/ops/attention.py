@@ -1,4 +1,8 @@
-"""Fused attention over packed, padded or paged sequences."""
+"""Fused attention over packed, padded or paged sequences.
+
+T rows of the batch, N query heads, Nkv key and value heads, G = N / Nkv query heads that share one,
+D head dim, Dv head dim of the values.
+"""
 
 from collections.abc import Iterator, Sequence
 
@@ -13,10 +17,13 @@ from qwen3cp.ops.settings import settings
 # keys masked comes out as the average of the values.
 _MASKED_SCORE = torch.finfo(torch.float32).min
 
-# Scores held at a time: 16 MB of float32 before temporaries.
+# Up to so many rows (of all G heads), or keys, torch's own flash attention is the quickest.
+_FEW_ROWS = 64
+_FEW_KEYS = 256
+# Rows (of all G heads) of a block: enough for a good product, few enough that causal rows skip most
+# of the keys they cannot see, and that the scores of a block stay in a cache near the core.
+_BLOCK_ROWS = {torch.float32: 128, torch.bfloat16: 256}
 _MAX_SCORES = 1 << 22
-# Enough rows for a good product, few enough that causal rows skip most of the keys they cannot see.
-_MAX_BLOCK_ROWS = 256
 
 
 def fused_infer_attention_score(
@@ -24,8 +31,8 @@ def fused_infer_attention_score(
 ) -> tuple[Tensor, Tensor]:
     """softmax(scale * query @ key^T, masked) @ value for each request: (output, log-sum-exp).
 
-    One loop over the requests, one over blocks of query rows. The query heads that share a head of
-    keys are rows of one product, so keys and values are not repeated.
+    The query heads that share a head of keys are rows of one product, so keys and values are not
+    repeated; keys that no row sees are not touched.
     """
     call = check_call(query, key, value, **options)
     if call.template is not None:
@@ -50,8 +57,14 @@ def fused_infer_attention_score(
         keys, values = _read_pages(key, call), _read_pages(value, call)
     requests = zip(queries, keys, values, outputs, lses, strict=True)
     for request, (q, k, v, out, out_lse) in enumerate(requests):
-        if q.shape[0] and k.shape[0]:
-            _attend(call, request, q, k, v, out, out_lse)
+        low, high = call.visible(request)
+        # Rows before -high or from num_keys - low on see no key.
+        rows = range(max(0, -high), min(q.shape[0], k.shape[0] - low))
+        if not rows or not k.shape[0]:
+            continue
+        is_small = len(rows) * heads <= _FEW_ROWS * kv_heads or k.shape[0] <= _FEW_KEYS
+        attend = _attend_at_once if is_small and q.shape[2] == v.shape[2] else _attend_in_blocks
+        attend(call, request, rows, q, k, v, out, out_lse)
     return output, lse
 
 
@@ -70,83 +83,149 @@ def _per_request(x: Tensor, layout: str, num_heads: int, lengths: list[int]) -> 
 
 
 def _read_pages(cache: Tensor, call: CheckedCall) -> Iterator[Tensor]:
-    """(length, Nkv, D) of each request, read out of the cache one request at a time."""
+    """(length, Nkv, D) of each request: views where its pages follow each other, else copies."""
     assert call.block_table is not None
-    for blocks, q_length, kv_length in zip(
-        call.block_table, call.q_lengths, call.kv_lengths, strict=True
-    ):
+    if cache.dim() == 4:  # (blocks, Nkv, block_size, D)
+        pages = cache.transpose(1, 2)
+    else:  # (blocks, block_size, Nkv * D)
+        pages = cache.unflatten(2, (call.num_kv_heads, -1))
+    table = call.block_table.tolist()
+    for blocks, q_length, kv_length in zip(table, call.q_lengths, call.kv_lengths, strict=True):
         length = kv_length if q_length else 0
-        pages = cache.index_select(0, blocks[: -(-length // call.block_size)])
-        if cache.dim() == 4:  # (blocks, Nkv, block_size, D)
-            rows = pages.transpose(1, 2).flatten(0, 1)
-        else:  # (blocks, block_size, Nkv * D)
-            rows = pages.flatten(0, 1).unflatten(1, (call.num_kv_heads, -1))
-        yield rows[:length]
+        blocks = blocks[: -(-length // call.block_size)]
+        first, count = blocks[0] if blocks else 0, len(blocks)
+        if first >= 0 and blocks == list(range(first, first + count)):
+            read = pages[first : first + count]
+        else:
+            read = pages.index_select(0, torch.tensor(blocks, device=cache.device))
+        if read.shape[0] != count:
+            raise IndexError(f"{OP}: block_table has a block past the {len(pages)} of the cache")
+        yield read.flatten(0, 1)[:length]
 
 
-def _attend(
-    call: CheckedCall,
-    request: int,
-    query: Tensor,  # (rows, N, D)
-    key: Tensor,  # (keys, Nkv, D)
-    value: Tensor,  # (keys, Nkv, Dv)
-    output: Tensor,  # (rows, N, Dv), written
-    lse: Tensor | None,  # (rows, N, 1), written
-) -> None:
-    num_rows, num_heads, head_dim = query.shape
-    num_keys, num_kv_heads, value_dim = value.shape
-    key = key.transpose(0, 1).contiguous()
-    value = value.transpose(0, 1).contiguous().float()
-    if settings.float32_scores:
-        query, key = query.float(), key.float()
-
-    low, high = call.visible(request)
-    block_rows = max(1, min(_MAX_BLOCK_ROWS, _MAX_SCORES // (num_heads * num_keys)))
-    # Rows before -high or from num_keys - low on see no key.
-    first_row, end_row = max(0, -high), min(num_rows, num_keys - low)
-    for start in range(first_row, end_row, block_rows):
-        end = min(start + block_rows, end_row)
-        first_key, end_key = max(0, start + low), min(num_keys, end + high)
-        # (Nkv, heads of a group * rows, D): the rows of a group in one product
-        q = query[start:end].transpose(0, 1).reshape(num_kv_heads, -1, head_dim)
-        scores = torch.bmm(q, key[:, first_key:end_key].transpose(1, 2)).float()
-        scores *= call.scale
-        by_head = scores.view(num_heads, end - start, end_key - first_key)
-        if call.pse_shift is not None:
-            pse = call.pse_shift[request if call.pse_shift.shape[0] > 1 else 0]
-            by_head += pse[:, start:end, first_key:end_key]
-        rows, keys = range(start, end), range(first_key, end_key)
-        masked = _masked(call, request, rows, keys, low, high, query.device)
-        if masked is not None:
-            by_head.masked_fill_(masked, _MASKED_SCORE)
-
-        maximum = scores.amax(-1, keepdim=True)
-        weights = scores.sub_(maximum).exp_()
-        total = weights.sum(-1, keepdim=True)
-        # The weights are rounded before the product, their sum is not.
-        weights = weights.to(output.dtype).float()
-        result = torch.bmm(weights, value[:, first_key:end_key]).div_(total)
-        output[start:end] = result.view(num_heads, -1, value_dim).transpose(0, 1)
-        if lse is not None:
-            lse[start:end] = (maximum + total.log()).view(num_heads, -1, 1).transpose(0, 1)
-        if call.zero_masked_rows and masked is not None:
-            empty = masked.all(-1).view(-1, 1, 1)
-            output[start:end].masked_fill_(empty, 0.0)
-            if lse is not None:
-                lse[start:end].masked_fill_(empty, torch.inf)
-
-
-def _masked(
+def _attend_at_once(
     call: CheckedCall,
     request: int,
     rows: range,
-    keys: range,
-    low: int,
-    high: int,
-    device: torch.device,
-) -> Tensor | None:
+    query: Tensor,  # (rows, N, D)
+    key: Tensor,  # (keys, Nkv, D)
+    value: Tensor,  # (keys, Nkv, D)
+    output: Tensor,  # (rows, N, D), written
+    lse: Tensor | None,  # (rows, N, 1), written
+) -> None:
+    """Few rows, or few keys: torch's flash attention, which rounds where the NPU rounds."""
+    num_kv_heads, head_dim = key.shape[1:]
+    q = query[rows.start : rows.stop].unflatten(1, (num_kv_heads, -1))  # (rows, Nkv, G, D)
+    q = q.transpose(0, 1).reshape(1, num_kv_heads, -1, head_dim)
+
+    keys = range(key.shape[0])
+    masked = _masked(call, request, rows, keys)
+    bias = None
+    if masked is not None or call.pse_shift is not None:
+        # float32 swallows a score that is added to the masked score
+        bias = query.new_zeros(1, 1, len(rows), 1, len(keys), dtype=torch.float32)
+        if masked is not None:
+            bias.masked_fill_(masked.view(1, 1, len(rows), 1, len(keys)), _MASKED_SCORE)
+        if call.pse_shift is not None:  # (Nkv, G, rows, keys) -> (1, Nkv, rows, G, keys)
+            pse = _pse(call, request, rows, keys).unflatten(0, (num_kv_heads, -1))
+            bias = bias + pse.transpose(1, 2).unsqueeze(0)
+        bias = bias.expand(-1, -1, -1, q.shape[2] // len(rows), -1).flatten(2, 3)
+    result, result_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q,
+        key.transpose(0, 1).unsqueeze(0),
+        value.transpose(0, 1).unsqueeze(0),
+        attn_mask=bias,
+        scale=call.scale,
+    )
+    seen = slice(rows.start, rows.stop)
+    output[seen] = result[0].unflatten(1, (len(rows), -1)).transpose(0, 1).flatten(1, 2)
+    if lse is not None:
+        lse[seen, :, 0] = result_lse[0].unflatten(1, (len(rows), -1)).transpose(0, 1).flatten(1, 2)
+    _zero_masked_rows(call, masked, output[seen], None if lse is None else lse[seen])
+
+
+def _attend_in_blocks(
+    call: CheckedCall,
+    request: int,
+    rows: range,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    lse: Tensor | None,
+) -> None:
+    """Many rows: one head of keys at a time, and of its rows a block, all visible keys at once."""
+    num_keys, num_kv_heads, _ = key.shape
+    group = call.num_heads // num_kv_heads
+    low, high = call.visible(request)
+    dtype = torch.float32 if settings.float32_scores else settings.product_dtype(query.dtype)
+    block_rows = max(1, min(_BLOCK_ROWS[dtype], _MAX_SCORES // num_keys) // group)
+    buffer = query.new_empty(block_rows * group * num_keys, dtype=dtype)
+    for head in range(num_kv_heads):
+        heads = slice(head * group, (head + 1) * group)
+        k = key[:, head].to(dtype).t().contiguous()  # (D, keys), the quicker form for a product
+        v = value[:, head].to(dtype).contiguous()
+        for start in range(rows.start, rows.stop, block_rows):
+            end = min(start + block_rows, rows.stop)
+            keys = range(max(0, start + low), min(num_keys, end + high))
+            block = range(start, end)
+            q = query[start:end, heads].to(dtype).reshape(-1, k.shape[0])
+            scores = buffer[: q.shape[0] * len(keys)].view(q.shape[0], -1)
+            k_seen, v_seen = k[:, keys.start : keys.stop], v[keys.start : keys.stop]
+            torch.addmm(scores, q, k_seen, beta=0, alpha=call.scale, out=scores)
+            by_row = scores.view(len(block), group, len(keys))
+            if call.pse_shift is not None:
+                by_row += _pse(call, request, block, keys)[heads].transpose(0, 1)
+            masked = None
+            for part in _partly_visible(call, block, keys, low, high):
+                masked = _masked(call, request, block, part)
+                columns = slice(part.start - keys.start, part.stop - keys.start)
+                if masked is not None:
+                    by_row[..., columns].masked_fill_(masked.unsqueeze(1), torch.finfo(dtype).min)
+            if lse is not None:
+                lse[start:end, heads, 0] = scores.float().logsumexp(-1).view(-1, group)
+            result = _weighted_sum(scores, v_seen, query.dtype)
+            output[start:end, heads] = result.view(-1, group, v.shape[1])
+            _zero_masked_rows(
+                call,
+                masked,
+                output[start:end, heads],
+                None if lse is None else lse[start:end, heads],
+            )
+
+
+def _weighted_sum(scores: Tensor, value: Tensor, dtype: torch.dtype) -> Tensor:
+    """softmax(scores) @ value; the scores are overwritten."""
+    if dtype == torch.bfloat16 and settings.float32_scores:
+        # as the NPU: weights are rounded before the product, their sum is not
+        weights = scores.sub_(scores.amax(-1, keepdim=True)).exp_()
+        total = weights.sum(-1, keepdim=True)
+        bits = weights.view(torch.int32)  # to bfloat16, ties away from zero
+        bits.add_(1 << 15).bitwise_and_(-1 << 16)
+        return torch.mm(weights, value).div_(total)
+    return torch.mm(torch.softmax(scores, -1, out=scores), value)
+
+
+def _partly_visible(
+    call: CheckedCall, rows: range, keys: range, low: int, high: int
+) -> Iterator[range]:
+    """The runs of keys that not all of the rows may see."""
+    first_common = max(keys.start, rows.stop - 1 + low)
+    end_common = min(keys.stop, rows.start + high + 1)
+    if call.mask is not None or first_common >= end_common:
+        yield keys
+        return
+    if keys.start < first_common:
+        yield range(keys.start, first_common)
+    if end_common < keys.stop:
+        yield range(end_common, keys.stop)
+
+
+def _masked(call: CheckedCall, request: int, rows: range, keys: range) -> Tensor | None:
     """(rows, keys), true where a row may not see a key; None if all may see all."""
     masked = None
+    low, high = call.visible(request)
+    device = None if call.mask is None else call.mask.device
     if rows.stop - 1 + low > keys.start or rows.start + high < keys.stop - 1:
         row = torch.arange(rows.start, rows.stop, device=device).unsqueeze(1)
         distance = torch.arange(keys.start, keys.stop, device=device) - row
@@ -156,6 +235,23 @@ def _masked(
         mask = mask[rows.start : rows.stop, keys.start : keys.stop]
         masked = mask if masked is None else masked | mask
     return masked
+
+
+def _pse(call: CheckedCall, request: int, rows: range, keys: range) -> Tensor:
+    """(N, rows, keys): what is added to the scores."""
+    assert call.pse_shift is not None
+    pse = call.pse_shift[request if call.pse_shift.shape[0] > 1 else 0]
+    return pse[:, rows.start : rows.stop, keys.start : keys.stop]
+
+
+def _zero_masked_rows(
+    call: CheckedCall, masked: Tensor | None, output: Tensor, lse: Tensor | None
+) -> None:
+    if call.zero_masked_rows and masked is not None:
+        empty = masked.all(-1).view(-1, 1, 1)
+        output.masked_fill_(empty, 0.0)
+        if lse is not None:
+            lse.masked_fill_(empty, torch.inf)
 
 
 def _fused_infer_attention_score_meta(

@@ -4,7 +4,7 @@ Checks look at shapes, dtypes and host integers only, so the CPU and the Meta ke
 make the same ones. What can be checked only with the data in hand is checked by the CPU kernel.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -56,3 +56,15 @@ def poison_unwritten_(tensor: Tensor) -> None:
             tensor.fill_(torch.nan)
         else:
             tensor.view(torch.uint8).fill_(0x7F)
+
+
+# Of float32: half a megabyte, so that what a kernel makes of a block stays near the core.
+_BLOCK_ELEMENTS = 1 << 17
+
+
+def row_blocks(x: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The tensors in runs of as many rows (of the first dimension) as are worked on at a time."""
+    if x.numel() <= _BLOCK_ELEMENTS:
+        return iter([(x, *others)])
+    step = max(1, _BLOCK_ELEMENTS * x.shape[0] // x.numel())
+    return zip(*(each.split(step) for each in (x, *others)), strict=True)

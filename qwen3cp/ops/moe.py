@@ -18,7 +18,9 @@ from qwen3cp.ops.checks import (
     check_shape,
     poison_unwritten_,
     refuse,
+    row_blocks,
 )
+from qwen3cp.ops.products import matmul
 
 _GATING = "npu_moe_gating_top_k_softmax"
 _ROUTING = "npu_moe_init_routing_v2"
@@ -369,7 +371,7 @@ def grouped_matmul(x: Sequence[Tensor], weight: Sequence[Tensor], **options) -> 
             continue
         group, out_group = rows[start : start + size], out[start : start + size]
         if bias is None:
-            torch.mm(group, experts[expert], out=out_group)
+            matmul(group, experts[expert], out=out_group)
         else:
             out_group.copy_(torch.addmm(bias[expert], group.float(), experts[expert].float()))
         start += size
@@ -405,9 +407,10 @@ def _check_swiglu(input: Tensor, dim: int) -> tuple[int, ...]:
 
 def swiglu(input: Tensor, dim: int = -1) -> Tensor:
     """silu(a) * b, where a and b are the halves of dim, in float32, rounded once."""
-    _check_swiglu(input, dim)
-    a, b = input.chunk(2, dim=dim)
-    return F.silu(a.float()).mul_(b).to(input.dtype).contiguous()
+    out = input.new_empty(_check_swiglu(input, dim))
+    for y, a, b in row_blocks(out, *input.chunk(2, dim=dim)):
+        y.copy_(F.silu(a.to(torch.float32, copy=True), inplace=True).mul_(b))
+    return out
 
 
 def _swiglu_meta(input: Tensor, dim: int = -1) -> Tensor:
@@ -466,22 +469,26 @@ def token_unpermute(
         permuted_tokens, sorted_indices, probs, padded_mode, restore_shape
     )
     num_rows, hidden = permuted_tokens.shape
-    indices = sorted_indices.reshape(num_tokens, num_choices)
+    out = permuted_tokens.new_empty(num_tokens, hidden)
+    if num_rows == 0:
+        return out.zero_()
+    indices = sorted_indices.view(num_tokens, num_choices)
     if indices.numel() and int(indices.min()) < 0:
         raise IndexError(f"{_UNPERMUTE}: sorted_indices has negative entries")
-    out = permuted_tokens.new_zeros(num_tokens, hidden, dtype=torch.float32)
-    if num_rows == 0:
-        return out.to(permuted_tokens.dtype)
-    keep = indices < num_rows
-    if probs is not None:
-        keep &= probs != 0
+    if probs is None:
+        probs = indices.new_ones(indices.shape, dtype=torch.float32)
+    skip = (indices >= num_rows) | (probs == 0)
+    some_skipped = bool(skip.any())
     indices = indices.clamp(max=num_rows - 1)
-    for k in range(num_choices):
-        rows = permuted_tokens.index_select(0, indices[:, k]).float()
-        if probs is not None:
-            rows *= probs[:, k : k + 1]
-        out += rows.masked_fill_(~keep[:, k : k + 1], 0.0)
-    return out.to(permuted_tokens.dtype)
+    for y, index, weight, skipped in row_blocks(out, indices, probs, skip):
+        total = torch.zeros_like(y, dtype=torch.float32)
+        for k in range(num_choices):
+            rows = permuted_tokens.index_select(0, index[:, k])
+            if some_skipped:
+                rows.masked_fill_(skipped[:, k : k + 1], 0.0)
+            total.addcmul_(rows, weight[:, k : k + 1])
+        y.copy_(total)
+    return out
 
 
 def _token_unpermute_meta(

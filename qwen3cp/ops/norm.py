@@ -1,15 +1,23 @@
 """Root mean square normalisation."""
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
-from qwen3cp.ops.checks import Kernel, check_dtype, check_float, check_shape
+from qwen3cp.ops.checks import Kernel, check_dtype, check_float, check_shape, row_blocks
 
 
-def _rstd(x: Tensor, gamma: Tensor, epsilon: float) -> Tensor:
-    """1 / sqrt(mean(x^2) + epsilon) over the dimensions of gamma, which are kept with size 1."""
-    dims = tuple(range(-gamma.dim(), 0))
-    return torch.rsqrt(x.square().mean(dims, keepdim=True) + epsilon)
+def _normalise_(x: Tensor, epsilon: float, rstd: Tensor) -> Tensor:
+    """x / sqrt(mean(x^2) + epsilon) of each row, in place; rstd is written."""
+    torch.mean(x.square(), -1, keepdim=True, out=rstd)
+    return x.mul_(rstd.add_(epsilon).rsqrt_())
+
+
+def _rows(gamma: Tensor, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Blocks of rows, each of what gamma spans, and of their rstd, which comes last."""
+    *whole, rstd = tensors
+    return row_blocks(*(x.reshape(-1, gamma.numel()) for x in whole), rstd.view(-1, 1))
 
 
 def _rstd_shape(x: Tensor, gamma: Tensor) -> tuple[int, ...]:
@@ -31,9 +39,11 @@ def _check_rms_norm(input: Tensor, gamma: Tensor) -> None:
 def rms_norm(input: Tensor, gamma: Tensor, epsilon: float = 1e-06) -> tuple[Tensor, Tensor]:
     """Returns (normalised input, rstd). Everything in float32, rounded once, at the end."""
     _check_rms_norm(input, gamma)
-    x = input.contiguous().float()
-    rstd = _rstd(x, gamma, epsilon)
-    return (x * rstd).mul_(gamma.float()).to(input.dtype), rstd
+    out, rstd = _rms_norm_meta(input, gamma, epsilon)
+    scale = gamma.float().view(-1)
+    for x, y, r in _rows(gamma, input, out, rstd):
+        y.copy_(_normalise_(x.to(torch.float32, copy=True), epsilon, r).mul_(scale))
+    return out, rstd
 
 
 def _rms_norm_meta(input: Tensor, gamma: Tensor, epsilon: float = 1e-06) -> tuple[Tensor, Tensor]:
@@ -57,10 +67,12 @@ def add_rms_norm(
     normalised before it is rounded.
     """
     _check_add_rms_norm(x1, x2, gamma)
-    x = (x1.float() + x2.float()).contiguous()
-    rstd = _rstd(x, gamma, epsilon)
-    normed = (x * rstd).to(x1.dtype)
-    return normed.float().mul_(gamma.float()).to(x1.dtype), rstd, x.to(x1.dtype)
+    out, rstd, total = _add_rms_norm_meta(x1, x2, gamma, epsilon)
+    for a, b, y, added, r in _rows(gamma, x1, x2, out, total, rstd):
+        x = a.to(torch.float32, copy=True).add_(b)
+        added.copy_(x)
+        y.copy_(_normalise_(x, epsilon, r)).mul_(gamma.view(-1))
+    return out, rstd, total
 
 
 def _add_rms_norm_meta(

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from qwen3cp.ops.checks import Kernel, check_float, refuse
+from qwen3cp.ops.checks import Kernel, check_float, refuse, row_blocks
 
 _OP = "npu_rotary_mul"
 
@@ -72,16 +72,19 @@ def rotary_mul(
     "half") or its even and odd entries (mode "interleave").
     """
     _check(input, r1, r2, rotary_mode, rotate)
-    x = input.float()
+    out = input.new_empty(input.shape)
     # cos and sin of another dtype are first cast to that of the input.
-    cos, sin = r1.to(input.dtype).float(), r2.to(input.dtype).float()
-    if rotary_mode == "half":
-        a, b = x.chunk(2, dim=-1)
-        rotated = torch.cat((-b, a), dim=-1)
-    else:
-        a, b = x[..., 0::2], x[..., 1::2]
-        rotated = torch.stack((-b, a), dim=-1).flatten(-2)
-    return (x * cos + rotated * sin).to(input.dtype).contiguous()
+    cos, sin = (r.to(input.dtype).float().expand(input.shape) for r in (r1, r2))
+    dim = max(range(input.dim() - 1), key=lambda d: input.shape[d])  # blocks are cut from it
+    for x, y, c, s in row_blocks(*(each.transpose(0, dim) for each in (input, out, cos, sin))):
+        x = x.float()
+        if rotary_mode == "half":
+            a, b = x.chunk(2, dim=-1)
+            rotated = torch.cat((-b, a), dim=-1)
+        else:
+            rotated = torch.stack((-x[..., 1::2], x[..., 0::2]), dim=-1).flatten(-2)
+        y.copy_((x * c).add_(rotated.mul_(s)))
+    return out
 
 
 def _rotary_mul_meta(

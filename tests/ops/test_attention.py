@@ -1,18 +1,21 @@
 """Fused attention against a loop over heads and rows."""
 
 import re
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from transformers.models.qwen3_moe.modeling_qwen3_moe import eager_attention_forward
 
-from qwen3cp.ops import settings
+from qwen3cp.ops import attention, settings
 
 from .helpers import ONE_BFLOAT16_STEP, npu, run
 
@@ -287,10 +290,22 @@ def padded_cases(draw):
 # --------------------------------------------------------------------------- against the oracle
 
 
-@given(packed_cases())
+def through(path):
+    """Send small cases through the kernel's path for large ones, in several blocks, or not."""
+    if path == "at once":
+        return nullcontext()
+    rows = dict.fromkeys(DTYPES, 4)
+    return patch.multiple(attention, _FEW_ROWS=0, _FEW_KEYS=0, _BLOCK_ROWS=rows)
+
+
+PATHS = pytest.mark.parametrize("path", ["at once", "in blocks"])
+
+
+@PATHS
+@given(case=packed_cases())
 @hypothesis_settings(deadline=None, max_examples=60)
-def test_packed(case):
-    with settings.override(float32_scores=True):
+def test_packed(path, case):
+    with settings.override(float32_scores=True), through(path):
         output, lse = run(fia, case.query, case.key, case.value, **case.options)
     tokens, heads, _ = case.query.shape
     assert output.dtype == case.query.dtype and lse.shape == (tokens, heads, 1)
@@ -304,10 +319,11 @@ def test_packed(case):
         start += len(q)
 
 
-@given(padded_cases())
+@PATHS
+@given(case=padded_cases())
 @hypothesis_settings(deadline=None, max_examples=120)
-def test_padded(case):
-    with settings.override(float32_scores=True):
+def test_padded(path, case):
+    with settings.override(float32_scores=True), through(path):
         output, lse = run(fia, case.query, case.key, case.value, **case.options)
     heads = case.options["num_heads"]
     assert output.dtype == case.query.dtype
@@ -391,6 +407,56 @@ def test_rounded_scores_are_close():
     # Output is rounded to 2^-9 at worst, so much less on average; weights and scores add theirs.
     assert errors[True] < 2**-8
     assert errors[False] < 2**-7
+
+
+@pytest.mark.parametrize("bfloat16_products", [False, True])
+@pytest.mark.parametrize("cached", [0, 333])
+def test_default_error_is_that_of_transformers_eager_attention(cached, bfloat16_products):
+    rows = 600
+    tensors, options = packed_call([rows], [cached + rows], dim=128, dtype=torch.bfloat16)
+    keep = torch.ones(rows, cached + rows, dtype=torch.bool).tril(cached)
+    truth, truth_lse = whole(*tensors, keep, options["scale"])
+    module = torch.nn.Module().eval()
+    module.num_key_value_groups = 2
+    query, key, value = (x.transpose(0, 1)[None] for x in tensors)
+    bias = torch.zeros(keep.shape).masked_fill_(~keep, -1e30).bfloat16()
+    theirs, _ = eager_attention_forward(module, query, key, value, bias, options["scale"])
+    with settings.override(float32_scores=False, bfloat16_products=bfloat16_products):
+        ours, lse = fia(*tensors, **options, softmax_lse_flag=True)
+    error, allowed = ((x.float() - truth).norm() for x in (ours, theirs[0]))
+    assert 0 < error <= 1.05 * allowed
+    assert (lse.squeeze(-1) - truth_lse).abs().max() < 2**-6  # half a step of a score of 4 to 8
+
+
+@pytest.mark.parametrize("rank", [3, 4])
+@pytest.mark.parametrize("rows", [1, 300])
+def test_pages_in_any_order(rows, rank):
+    keys, heads, dim = 700, 2, 64
+    query = torch.randn(rows, 4, dim)
+    cache = torch.randn(9, 128, heads, dim)
+    outputs = []
+    for order in ([2, 3, 4, 5, 6, 7], [7, 2, 4, 3, 6, 5], [5, 6, 7, 2, 3, 4]):
+        pages = torch.full_like(cache, torch.nan)
+        pages[order] = cache[2:8]
+        pages = pages.flatten(2) if rank == 3 else pages.transpose(1, 2).contiguous()
+        outputs.append(
+            fia(
+                query,
+                pages,
+                pages,
+                atten_mask=TEMPLATE,
+                actual_seq_lengths=[rows],
+                actual_seq_lengths_kv=[keys],
+                block_table=torch.tensor([order], dtype=torch.int32),
+                block_size=128,
+                num_heads=4,
+                num_key_value_heads=heads,
+                input_layout="TND",
+                sparse_mode=3,
+            )[0]
+        )
+    assert outputs[0].isfinite().all()
+    assert all(torch.equal(output, outputs[0]) for output in outputs)
 
 
 def test_weights_are_rounded_and_their_sum_is_not():
