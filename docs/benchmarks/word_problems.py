@@ -63,12 +63,19 @@ def main(
     with tempfile.TemporaryDirectory() as temporary:
         folder = runs or Path(temporary)
         for name in RUNS:
-            if not list((folder / slug(name)).rglob("samples_*.jsonl")):
+            if not holds(folder / slug(name), problems):
                 print(f"{name} ...", file=sys.stderr, flush=True)
                 evaluate(name, problems, folder / slug(name))
         rows = summaries({name: read_run(folder / slug(name)) for name in RUNS})
     output.write_text(json.dumps(rows, indent=1) + "\n")
     print(table(rows))
+
+
+def holds(folder: Path, problems: int) -> bool:
+    """Whether there is a run of that many problems."""
+    if not list(folder.rglob(f"samples_{TASK}_*.jsonl")):
+        return False
+    return sum(sample.filter == FILTER for sample in read_run(folder).samples[TASK]) == problems
 
 
 def slug(name: str) -> str:

@@ -27,7 +27,7 @@ from qwen3cp import cli
 from qwen3cp.errors import InputError
 from qwen3cp.eval import compare_page
 from qwen3cp.eval.compare import ALL, Comparison, Row, compare_runs
-from qwen3cp.eval.runs import read_run
+from qwen3cp.eval.runs import Run, Sample, read_run
 from qwen3cp.eval.tasks import new_task_manager
 
 CHECKPOINT = "tests/assets/tiny-qwen3-moe"
@@ -286,6 +286,45 @@ def test_other_generation_settings_are_noted(tmp_path, truth):
         "word_problems: the prompts are the same, the generation settings are not"
     ]
     assert "config.gen_kwargs.max_gen_toks" in found.settings
+
+
+@given(st.sets(st.integers(0, 20)), st.sets(st.integers(0, 20)), st.randoms())
+def test_pairing_of_any_documents(mine, theirs, random):
+    """Whatever the order: what both have is compared, the rest is listed."""
+
+    def run(documents: set[int], right: Callable[[int], bool]) -> Run:
+        samples = [
+            Sample(
+                doc_id=i,
+                doc_hash=f"document {i}",
+                prompt_hash=f"prompt {i}",
+                filter="none",
+                target="yes",
+                arguments=[["prompt", {}]],
+                responses=[["yes" if right(i) else "no"]],
+                filtered=["yes" if right(i) else "no"],
+                metrics={"exact_match": float(right(i))},
+            )
+            for i in documents
+        ]
+        random.shuffle(samples)
+        results = {"configs": {"t": {"output_type": "generate_until"}}}
+        return Run(path=Path("results.json"), results=results, samples={"t": samples})
+
+    a, b = run(mine, lambda i: i % 2 == 0), run(theirs, lambda i: i % 3 == 0)
+    both = mine & theirs
+    if not both:
+        with pytest.raises(InputError, match="in common"):
+            compare_runs(a, b)
+        return
+    found = compare_runs(a, b)
+    (row,) = found.rows
+    assert row.documents == len(both)
+    assert row.lost == sum(i % 2 == 0 and i % 3 != 0 for i in both)
+    assert row.gained == sum(i % 2 != 0 and i % 3 == 0 for i in both)
+    assert row.other == 0 and len(found.changes) == row.lost + row.gained
+    assert found.only_in_a.get("t", []) == sorted(mine - theirs)
+    assert found.only_in_b.get("t", []) == sorted(theirs - mine)
 
 
 def test_equal_documents_are_paired_in_order(runs):
