@@ -78,12 +78,12 @@ class Row:
         low, high = (100 * end for end in self.difference_interval)
         if self.p_value <= 0.05:
             word = "fewer" if self.difference < 0 else "more"
-            return f"B has {word} right answers than A (p = {self.p_value:.2g})"
-        if not self.lost and not self.gained:
-            start = "no answer turned right or wrong"
+            claim = f"B has {word} right answers than A (p = {self.p_value:.2g})"
+        elif not self.lost and not self.gained:
+            claim = "no answer turned right or wrong"
         else:
-            start = f"no difference can be claimed (p = {self.p_value:.2g})"
-        return f"{start}; 95 %: B less A is between {low:+.2f} and {high:+.2f} points"
+            claim = f"no difference can be claimed (p = {self.p_value:.2g})"
+        return f"{claim}; 95 %: B less A is between {low:+.2f} and {high:+.2f} points"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +118,8 @@ class Drift:
     diverged: int | None
     """Generated texts whose tokens differ, compared up to there; None if tokens are not known."""
     ties: int | None
-    """Of these, where the two likeliest tokens of a run were closer than 1e-3."""
+    """Of these, where the logits of a run's two likeliest tokens were closer than 1e-3; None if
+    that is not known."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,15 +214,17 @@ def compare_runs(a: Run, b: Run, *, allow_different_prompts: bool = False) -> Co
         notes=notes,
     )
     pooled: dict[tuple[str, str], list[tuple[list[tuple[bool, bool]], int]]] = {}
+    num_pairs = 0
     for task in tasks:
         pairs = _paired(task, a, b, found)
         if not pairs:
             continue
+        num_pairs += len(pairs)
         _check_prompts(task, pairs, a, b, allow_different_prompts, notes)
         for (filter, metric), outcomes, other in _compare_task(task, pairs, a, b, found):
             found.rows.append(Row.of(task, filter, metric, outcomes, other))
             pooled.setdefault((filter, metric), []).append((outcomes, other))
-    if not found.rows and not found.values:
+    if not num_pairs:
         raise InputError(
             f"the runs have no document in common in {', '.join(tasks)}: was one limited to others?"
         )
@@ -309,7 +312,8 @@ def _compare_task(
             if not all(score in (0, 1) for pair in scores for score in pair):
                 found.values.extend(_value(task, filter, metric, a, b))
                 continue
-            right = [(bool(x), bool(y)) for x, y in scores]
+            best = int(a.higher_is_better(task, metric))
+            right = [(x == best, y == best) for x, y in scores]
             other = 0
             for (x, y), (right_a, right_b) in zip(members, right, strict=True):
                 answers = _answer(x, metric, kind), _answer(y, metric, kind)
@@ -420,9 +424,13 @@ def _partings(task: str, pairs: Sequence[Pair], a: Run, b: Run) -> dict[int, str
     for doc_id, x, y in _known(task, pairs, a, b):
         where = _equal_tokens(x, y)
         if where < max(len(x.tokens), len(y.tokens)):
-            margin = _margin(x, y, where)
-            near = f"; the two likeliest were {margin:.1e} apart" if margin is not None else ""
-            found.setdefault(doc_id, f"the texts part at token {where + 1}{near}")
+            said = f"the texts part at token {where + 1}"
+            if where < min(len(x.tokens), len(y.tokens)):
+                chosen = [math.exp(m.logprobs[where]) for m in (x, y)]
+                said += f", which has probability {chosen[0]:.4f} in A and {chosen[1]:.4f} in B"
+            if (margin := _margin(x, y, where)) is not None:
+                said += f"; the two likeliest were {margin:.1e} apart"
+            found.setdefault(doc_id, said)
     return found
 
 
@@ -451,7 +459,7 @@ def _drift(task: str, pairs: Sequence[Pair], a: Run, b: Run) -> Drift | None:
             requests=len(known),
             by_token=True,
             diverged=len(parted),
-            ties=sum(margin is not None and margin < TIE for margin in parted),
+            ties=None if None in parted else sum(m is not None and m < TIE for m in parted),
         )
     if a.output_type(task) not in ("multiple_choice", "loglikelihood", "loglikelihood_rolling"):
         return None

@@ -79,7 +79,7 @@ def _figure(found: Comparison) -> str:
     import matplotlib
 
     drifts = [drift for drift in found.drifts if sum(drift.histogram[1])]
-    heights = [1.3 + 0.34 * max(2, len(found.rows))] if found.rows else []
+    heights = [1.2 + 0.42 * max(2, len(found.rows))] if found.rows else []
     heights += [2.6] if drifts else []
     if not heights:
         return ""
@@ -120,7 +120,7 @@ def _draw_rows(left: Axes, right: Axes, rows: Sequence[Row]) -> None:
                 va="center",
             )
     left.axvline(0, color="#999999", linewidth=1, linestyle=":")
-    left.set_yticks(range(len(rows)), [_name(row) for row in rows])
+    left.set_yticks(range(len(rows)), [_name(row) for row in rows], fontsize=8)
     left.set_xlabel("B less A, points (95 %)")
     left.set_title("Difference of right answers", fontsize=10)
     right.axvline(0, color="#444444", linewidth=1)
@@ -153,5 +153,4 @@ def _draw_drifts(axes: Axes, drifts: Sequence[Drift]) -> None:
 
 
 def _name(row: Row) -> str:
-    text = ", ".join(part for part in (row.task, row.filter, row.metric) if part != "none")
-    return text if len(text) <= 44 else f"{text[:43]}…"
+    return f"{row.task}\n{row.metric if row.filter == 'none' else f'{row.filter}, {row.metric}'}"

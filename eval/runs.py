@@ -72,6 +72,9 @@ class Run:
     def output_type(self, task: str) -> str:
         return str(self.results.get("configs", {}).get(task, {}).get("output_type", ""))
 
+    def higher_is_better(self, task: str, metric: str) -> bool:
+        return self.results.get("higher_is_better", {}).get(task, {}).get(metric) is not False
+
     def settings(self) -> dict[str, Any]:
         """What the results file says of how the run was made, flat: name -> value."""
         named = ("config", "qwen3cp")
@@ -126,7 +129,7 @@ def read_run(path: str | Path) -> Run:
             for task in files
             if (file := parent / f"logprobs_{task}_{day}.jsonl").exists()
         },
-        older=[str(where / f"results_{when}.json") for when, where in runs[:-1]],
+        older=[str(f) for when, where in runs[:-1] for f in where.glob(f"*_{when}.json")],
     )
 
 

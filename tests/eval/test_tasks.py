@@ -412,14 +412,46 @@ def test_files_that_cannot_be_read(data):
     assert "cannot be read" in failure(data, "gsm8k")
 
 
-def test_unknown_tasks(data):
-    """Several of them are one message; near names are offered."""
-    assert "did you mean" in (said := failure(None, "word_problem")) and "word_problems" in said
-    assert "there is no task file nowhere.yaml" in failure(None, "nowhere.yaml")
-    assert "pass --tasks" in failure(None, "")
-    assert "--data-dir" in failure(data, "word_problems")
+@pytest.mark.parametrize(
+    ("tasks", "said"),
+    [
+        ("word_problem", "did you mean word_problems"),
+        ("gsm8k,gsm9k,zzzzzz", "no task 'gsm9k': did you mean gsm8k"),
+        ("zzzzzzzzzz", "lm-eval ls tasks"),
+        ("nowhere.yaml", "there is no task file nowhere.yaml"),
+        (" , ", "pass --tasks"),
+    ],
+)
+def test_unknown_tasks(tasks, said):
+    manager = new_task_manager("word_problems", data_dir="nowhere")
+    with pytest.raises(InputError) as caught:
+        check_tasks(tasks, manager)
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_folder_that_nothing_reads(data):
+    assert "is read by none of word_problems" in failure(data, "word_problems")
     with pytest.raises(InputError, match="--include_path .*nowhere is not a folder"):
         new_task_manager(include_path=data / "nowhere")
+
+
+def test_lm_evals_own_tasks_are_known_when_they_are_named(harness, monkeypatch):
+    """And indexed only then."""
+    indexed = []
+    original = TaskManager.__init__
+
+    def counted(self, *args: Any, **kwargs: Any) -> None:
+        indexed.append(kwargs.get("include_defaults", True))
+        if indexed[-1]:  # thousands of files
+            self.__dict__.update(harness.__dict__)
+        else:
+            original(self, *args, **kwargs)
+
+    monkeypatch.setattr(TaskManager, "__init__", counted)
+    new_task_manager("word_problems,word_problems_long")
+    assert indexed == [False]
+    assert "arc_easy" in new_task_manager("word_problems,arc_easy").all_tasks
+    assert indexed == [False, False, True]
 
 
 def test_a_task_that_would_download(harness, monkeypatch):
