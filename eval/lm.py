@@ -361,7 +361,7 @@ class CPQwen3LM(_HFLM):
                 "harness with the same arguments and seeds"
             )
         self._ranks.fail_together(error)
-        assert call is not None
+        assert call is not None and first is not None
         self.truncated |= call.truncated
         if call.truncated and self.is_first:
             logger.warning(
@@ -374,7 +374,7 @@ class CPQwen3LM(_HFLM):
                 for request in finish(index, answer):
                     progress.answered(request)
 
-            self._execute(call, answered, progress)
+            self._execute(first, answered, progress)  # with the first rank's seed
         self._others_serve = self._leads
 
     def _execute(
@@ -657,8 +657,7 @@ class CPQwen3LM(_HFLM):
         for run, its_parts in enumerate(parts):
             for part in its_parts:
                 part.num_choices = len(choices[run])
-            longest = max(len(part.continuation) for part in its_parts)
-            first = len(tokens[run]) - longest
+            first = len(tokens[run]) - max(len(part.continuation) for part in its_parts)
             inputs.append(
                 _Input(tokens=tokens[run], first_wanted=first, choices=tuple(choices[run]))
             )
