@@ -13,6 +13,8 @@ from typing import Annotated
 import typer
 
 from qwen3cp.benchmark.command import bench
+from qwen3cp.eval.command import evaluate
+from qwen3cp.eval.compare_report import compare
 from qwen3cp.options import (
     AsJson,
     Cp,
@@ -271,6 +273,12 @@ def make_random(
             read_config(config), out, dtype=dtype, seed=seed, max_shard_size=max_shard_size
         )
         print(f"{out}: {plan.numel} parameters, {plan.num_bytes / 1e9:.3f} GB")
+
+
+app.command()(compare)
+app.command("eval", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(
+    evaluate
+)
 
 
 @app.command()

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import math
 import re
 import runpy
 import shlex
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from statistics import NormalDist
 
 import pytest
 import torch
@@ -26,6 +28,12 @@ from qwen3cp import (
 )
 from qwen3cp.collectives import all_reduce_bytes
 from qwen3cp.config import OPERATORS
+from qwen3cp.eval.statistics import (
+    difference_interval,
+    documents_needed,
+    share_interval,
+    standard_error,
+)
 from qwen3cp.ops import RULES, SCHEMAS
 from qwen3cp.parallel import AllReduceForm
 
@@ -75,38 +83,37 @@ def test_command(command, tmp_path, monkeypatch, capfd):
         assert project == "." and len(words) == 4
         assert not extras or set(extras.split(",")) <= set(declared["optional-dependencies"])
     elif words[:2] == ["qwen3cp", "generate"]:
-        monkeypatch.setattr(sys, "argv", words)
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        stdout, stderr = capfd.readouterr()
-        assert (ended.value.code or 0) == 0, stderr
+        stdout = stdout_of(words, monkeypatch, capfd)
         assert stdout == " 12 + 15 = <<12+15=27>>27\n#### 27\n"
     elif words[:2] == ["qwen3cp", "report-comm"]:
-        monkeypatch.setattr(sys, "argv", words)
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        stdout, stderr = capfd.readouterr()
-        assert (ended.value.code or 0) == 0, stderr
+        stdout = stdout_of(words, monkeypatch, capfd)
         assert stdout.count("%,") == 4 * 2  # two reductions in each of four layers
         assert "the likeliest token agrees in" in stdout
     elif words[:2] in (["qwen3cp", "check"], ["qwen3cp", "shard"], ["qwen3cp", "make-random"]):
         if words[1] != "check":
             assert words[3].startswith("/tmp/")
             words[3] = str(tmp_path / "out")
-        monkeypatch.setattr(sys, "argv", words)
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        stdout, stderr = capfd.readouterr()
-        assert (ended.value.code or 0) == 0, stderr
+        stdout = stdout_of(words, monkeypatch, capfd)
         assert stdout.startswith(f"{words[2]} is whole: " if words[1] == "check" else words[3])
     elif words[:2] == ["qwen3cp", "bench"]:
-        monkeypatch.setattr(sys, "argv", words)
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        stdout, stderr = capfd.readouterr()
-        assert (ended.value.code or 0) == 0, stderr
+        stdout = stdout_of(words, monkeypatch, capfd)
         shown = "transformers bfloat16" if "--against" in words else "cp=2 tp=1 bfloat16"
         assert f"{shown} " in stdout
+    elif words[:2] == ["qwen3cp", "doctor"]:
+        assert "a small model: prefill and decode run on the CPU" in stdout_of(
+            words, monkeypatch, capfd
+        )
+    elif words[:2] == ["qwen3cp", "eval"]:  # which the comparison of its output runs
+        assert any(c.startswith("qwen3cp compare") and words[-1] in c for c in commands())
+    elif words[:2] == ["qwen3cp", "compare"]:
+        for i, folder in ((2, "a"), (3, "b")):  # the runs of the page's other commands
+            (other,) = (c for c in commands() if c.endswith(f" --output_path {words[i]}"))
+            words[i] = str(evaluate_two(shlex.split(other), tmp_path / folder))
+        words[5] = str(tmp_path / "page.html")
+        stdout = stdout_of(words, monkeypatch, capfd)
+        assert "no answer turned right or wrong" in stdout and Path(words[5]).exists()
+    elif words[0] == "torchrun" and "qwen3cp.eval" in words:
+        torchrun_evaluates(words, tmp_path)
     elif words[0] == "torchrun":  # made for 8 NPUs: here 2 CPU ranks, and the bundled checkpoint
         assert words[1:6] == ["--nproc-per-node", "8", "-m", "qwen3cp.cli", "generate"]
         assert words[7:11] == ["--cp", "2", "--tp", "4"]
@@ -124,6 +131,55 @@ def test_command(command, tmp_path, monkeypatch, capfd):
         assert done.stdout.endswith("\n")
     else:
         pytest.fail(f"this test does not know how to run {command!r}")
+
+
+def stdout_of(words: list[str], monkeypatch, capfd) -> str:
+    """Of a qwen3cp command, run in this process."""
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    stdout, stderr = capfd.readouterr()
+    assert (ended.value.code or 0) == 0, stderr
+    return stdout
+
+
+def evaluate_two(words: list[str], folder: Path) -> Path:
+    """Runs `qwen3cp eval` on two documents; returns where the results are."""
+    words = [*words]
+    assert words[-2] == "--output_path" and words[words.index("--limit") + 1] == "20"
+    words[words.index("--limit") + 1], words[-1] = "2", str(folder)
+    run_words([sys.executable, "-m", "qwen3cp.cli", *words[1:]])
+    return folder
+
+
+def torchrun_evaluates(words: list[str], folder: Path) -> None:
+    """Made for NPUs and their checkpoints: here two CPU ranks, the bundled one, one document in
+    GSM8K's form."""
+    at = words.index("-m")
+    assert words[at + 1] == "qwen3cp.eval"
+    given = [word for word in words[at + 2 :] if word != "--log_samples"]
+    options = dict(zip(given[::2], given[1::2], strict=True))
+    ranks = int(words[words.index("--nproc-per-node") + 1])
+    nodes = int(words[words.index("--nnodes") + 1]) if "--nnodes" in words else 1
+    assert int(options["--cp"]) * int(options["--tp"]) == ranks * nodes
+    assert options["--model"].startswith("Qwen/Qwen3-") and options["--tasks"] == "gsm8k"
+    question = {"question": "A tram has 4 seats. How many are two trams'?", "answer": "#### 8"}
+    for name in ("train", "test"):
+        lines = (json.dumps({**question, "number": i}) + "\n" for i in range(6))
+        (folder / f"{name}.jsonl").write_text("".join(lines))
+    if "--moe" in options:
+        return  # the same command with more ranks
+    options |= {"--model": CHECKPOINT, "--dtype": "float32", "--cp": "2", "--tp": "1"}
+    options |= {"--data-dir": str(folder), "--output_path": str(folder), "--limit": "1"}
+    given = [word for option in options.items() for word in option]
+    torchrun = str(Path(sys.executable).parent / "torchrun")
+    run_words([torchrun, "--nproc-per-node", "2", "-m", "qwen3cp.eval", "--log_samples", *given])
+    assert len(list(folder.rglob("samples_gsm8k_*.jsonl"))) == 1
+
+
+def run_words(words: list[str]) -> None:
+    done = subprocess.run(words, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
@@ -182,6 +238,8 @@ def test_file_tree_of_the_readme():
             real.add("tests/")
         elif path.parts[0].startswith(".") or not (path.exists() or path.is_symlink()):
             continue
+        elif path.parts[:2] == ("eval", "tasks") and len(path.parts) > 3:  # a file for each task
+            real.add(f"{'/'.join(path.parts[:3])}/")
         elif path.is_symlink():
             real.add(f"{file} -> {path.readlink()}")
         else:
@@ -383,6 +441,48 @@ def test_host_overhead_is_what_was_measured(monkeypatch):
     module = importlib.import_module("host_overhead")
     results = json.loads((folder / "host_overhead.json").read_text())
     assert module.table(results) in (ROOT / "docs" / "compile.md").read_text()
+
+
+def test_accuracy_of_word_problems_is_what_was_measured(monkeypatch):
+    folder = ROOT / "docs" / "benchmarks"
+    monkeypatch.syspath_prepend(str(folder))
+    module = importlib.import_module("word_problems")
+    rows = json.loads((folder / "word_problems.json").read_text())
+    assert module.table(rows) in (ROOT / "docs" / "evaluation.md").read_text()
+    assert [row["run"] for row in rows] == list(module.RUNS)
+    for row in rows:
+        assert row["problems"] == sum(row["of_kind"].values()) == rows[0]["problems"]
+        assert sum(row["right_of_kind"].values()) == row["right"]
+        assert row["right"] == rows[0]["right"] + row["gained"] - row["lost"]
+
+
+def test_what_gsm8k_can_tell():
+    text = (ROOT / "docs" / "evaluation.md").read_text()
+    errors = re.findall(r"^\| (\d+) % \| (\d+) \| ([\d.]+) \| ([\d.]+) to ([\d.]+) \|$", text, re.M)
+    assert len(errors) == 3
+    for share, count, error, low, high in errors:
+        right, n = round(int(share) * int(count) / 100), int(count)
+        assert float(error) == pytest.approx(100 * standard_error(right, n), abs=0.005)
+        ends = [100 * end for end in share_interval(right, n)]
+        assert [float(low), float(high)] == pytest.approx(ends, abs=0.05)
+    alone = re.findall(r"^\| ([\d.]+) \| (\d+) \|$", text, re.M)
+    z = NormalDist().inv_cdf(0.975) + NormalDist().inv_cdf(0.8)
+    for points, count in alone:
+        assert int(count) == math.ceil(2 * 0.92 * 0.08 * (100 * z / float(points)) ** 2)
+    paired = re.findall(r"^\| (\d+) % \| (\d*) ?\| (\d*) ?\| (\d*) ?\|$", text, re.M)
+    assert len(alone) == 3 and len(paired) == 5
+    for share, *cells in paired:
+        for points, cell in zip((0.5, 1, 3), cells, strict=True):
+            if points <= int(share):
+                assert int(cell) == documents_needed(points / 100, int(share) / 100)
+            else:
+                assert cell == ""
+    assert "no more than 15 % of the answers turn" in text and "no more than 1.6 % do" in text
+    assert documents_needed(0.03, 0.15) <= 1319 < documents_needed(0.03, 0.16)
+    assert documents_needed(0.01, 0.016) <= 1319 < documents_needed(0.01, 0.018)
+    for gained, lost, count in ((0, 0, 100), (0, 0, 1319), (6, 7, 1319)):
+        low, high = (100 * end for end in difference_interval(gained, lost, count))
+        assert f"{low:+.2f} to {high:+.2f}" in text
 
 
 def test_what_the_check_exchanges():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -43,7 +44,31 @@ def test_wheel_holds_the_linked_folders(tmp_path):
     assert {"qwen3cp/planner/models.json", "qwen3cp/planner/hardware.json"} <= expected
     for folder in ("weights", "eval"):
         expected |= {f"qwen3cp/{folder}/{p.name}" for p in (ROOT / folder).glob("*.py")}
+    for path in (ROOT / "eval").rglob("*"):
+        if path.is_file() and "__pycache__" not in path.parts:
+            expected.add(f"qwen3cp/{path.relative_to(ROOT)}")
     assert expected | {"qwen3cp/py.typed"} <= names
+    loads_its_tasks(wheel, tmp_path / "installed")
+
+
+def loads_its_tasks(wheel: Path, folder: Path) -> None:
+    """The bundled problems are found in what the wheel holds, with no clone and no network."""
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder)
+    script = (
+        "from qwen3cp.eval.tasks import ROOT, check_tasks, new_task_manager\n"
+        "task = check_tasks('word_problems', new_task_manager('word_problems'))['tasks']\n"
+        "print(ROOT, len(task['word_problems'].eval_docs))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(folder), "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == f"{folder / 'qwen3cp' / 'eval' / 'tasks'} 400"
 
 
 def test_linked_folders_are_links():

@@ -209,6 +209,7 @@ def load_pretrained(
         if owner != ctx.cp_rank:
             bytes_received += targets[name].nbytes
 
+    model.name_or_path = str(name_or_path)
     model.tie_weights()
     nn.Module.to(model, device)  # buffers: the rotary frequencies, which stay float32
     generation = checkpoint.index.folder / GENERATION_FILE

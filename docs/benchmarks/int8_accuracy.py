@@ -10,7 +10,6 @@ docs/int8-communication.md is made from int8_accuracy.json beside this file.
 from __future__ import annotations
 
 import json
-import math
 import re
 import sys
 import tempfile
@@ -24,6 +23,7 @@ import typer
 from transformers import AutoTokenizer
 
 from qwen3cp import CommConfig, CPQwen3MoeForCausalLM, ParallelContext, launch
+from qwen3cp.eval.statistics import difference_interval
 
 CHECKPOINT = Path(__file__).resolve().parents[2] / "tests" / "assets" / "tiny-qwen3-moe"
 RESULTS = Path(__file__).with_suffix(".json")
@@ -173,17 +173,6 @@ def summary(
     }
 
 
-def interval(gained: int, lost: int, count: int) -> tuple[float, float]:
-    """95 % confidence interval of the difference of two paired shares.
-
-    Wald's with one half-pair added to each kind of change: Bonett and Price (2012), "Adjusted Wald
-    confidence interval for a difference of binomial proportions based on paired data".
-    """
-    up, down, n = (gained + 1) / (count + 2), (lost + 1) / (count + 2), count + 2
-    half = 1.959964 * math.sqrt((up + down - (up - down) ** 2) / n)
-    return up - down - half, up - down + half
-
-
 def table(rows: list[dict[str, Any]]) -> str:
     """The table of the documentation, in Markdown."""
     lines = [
@@ -197,7 +186,7 @@ def table(rows: list[dict[str, Any]]) -> str:
             lines.append(f"| {place} | exact | {right} | | | |")
             continue
         gained, lost, count = row["gained"], row["lost"], row["problems"]
-        low, high = interval(gained, lost, count)
+        low, high = difference_interval(gained, lost, count)
         change = f"{(gained - lost) / count * 100:+.2f} ({low * 100:+.2f} to {high * 100:+.2f})"
         lines.append(
             f"| {place} | {row['comm']} | {right} | {row['differ']} | {gained}, {lost} | {change} |"
