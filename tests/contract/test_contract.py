@@ -20,6 +20,8 @@ from tests.contract.record import MORE_STEPS, STEPS, bytes_of_logits
 from tests.ops.rule_cases import CASES
 from tests.ranks import run
 
+pytestmark = pytest.mark.slow  # the recording, and the process with torch_npu
+
 # The overload that takes a list: the model never calls it, and its schema is defined so that a list
 # is refused by name.
 NEVER_CALLED = {"npu_grouped_matmul.List"}
