@@ -58,7 +58,9 @@ def cell(name: str, layout: Layout, prompt: int, models: dict) -> Row:
     illegal = why_illegal(config_of(name), topology)
     if illegal is not None:
         return {**row, "refused": illegal}
-    for chunk in [prompt, *(c for c in CHUNKS if c < prompt)]:
+    sizes = [prompt, *(c for c in CHUNKS if c < prompt)]
+    while sizes:
+        chunk = sizes.pop(0)
         run = dry_run(
             config_of(name),
             prompt=prompt,
@@ -72,8 +74,10 @@ def cell(name: str, layout: Layout, prompt: int, models: dict) -> Row:
             models=models,
         )
         room = fit(run, A3)
-        if room.fits or room.needed_bytes - room.peak_activation_bytes > room.usable_bytes:
+        if room.fits:
             break
+        if room.needed_bytes - room.peak_activation_bytes > room.usable_bytes:
+            sizes = sizes[-1:]  # no chunk is small enough: say what the smallest needs
     if not room.fits:
         return {**row, "chunk": chunk, "gib": room.needed_bytes / GIB, "refused": room.reason}
     prediction = predict(run, A3)

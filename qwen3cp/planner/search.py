@@ -239,7 +239,9 @@ class SearchResult:
         return table
 
     def _crossovers(self) -> Table:
-        table = Table(title="the best topology by prompt length", title_justify="left")
+        table = Table(
+            title="the best topology by prompt length", title_justify="left", min_width=44
+        )
         table.add_column("from tokens", justify="right")
         table.add_column("best")
         if self.crossovers:
