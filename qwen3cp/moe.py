@@ -194,7 +194,8 @@ def _grouped_matmul(
         [rows],
         [weight_EOI.transpose(1, 2)],
         group_list=counts,
-        group_list_type=1,
+        # counts; of one group, where they are refused, the same as cumulative ends
+        group_list_type=1 if len(counts) > 1 else 0,
         group_type=0,
         split_item=2,
     )[0]

@@ -26,7 +26,7 @@ from qwen3cp import (
 )
 from qwen3cp.collectives import all_reduce_bytes
 from qwen3cp.config import OPERATORS
-from qwen3cp.ops import SCHEMAS
+from qwen3cp.ops import RULES, SCHEMAS
 from qwen3cp.parallel import AllReduceForm
 
 ROOT = Path(__file__).parent.parent
@@ -219,7 +219,7 @@ def test_environment_variables_are_documented():
 def test_tested_versions_are_those_of_the_constraints():
     pinned = dict(re.findall(r"^([\w-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.M))
     readme = (ROOT / "README.md").read_text()
-    for package in ("torch", "transformers", "safetensors", "accelerate"):
+    for package in ("torch", "torch_npu", "transformers", "safetensors", "accelerate"):
         assert f"{package} {pinned[package]}" in readme
 
 
@@ -365,6 +365,24 @@ def test_calls_of_a_layer_are_those_of_the_model():
     named = [name for line in numbered for name in re.findall(r"`(npu_\w+)`", line)]
     assert set(named) == set(OPERATORS)
     assert set(OPERATORS) <= set(SCHEMAS)
+
+
+def test_how_operators_are_verified():
+    """A row for each operator of the model, with how many rules it has and where it is tested."""
+    row = r"^\| `(npu_\w+)` \| torch_npu \| (\d+) \| `(.*?)` \| \S.* \|$"
+    rows = re.findall(row, (ROOT / "docs" / "npu.md").read_text(), re.MULTILINE)
+    assert sorted(op for op, *_ in rows) == sorted(OPERATORS)
+    for op, count, tests in rows:
+        assert int(count) == sum(rule.op == op for rule in RULES.values()), op
+        assert f"npu.{op}" in (ROOT / tests).read_text()
+
+
+def test_the_page_of_rules_is_what_its_script_writes(tmp_path, monkeypatch):
+    script = ROOT / "docs" / "npu_rules.py"
+    written = tmp_path / "npu-rules.md"
+    monkeypatch.setattr(sys, "argv", [str(script), str(written)])
+    runpy.run_path(str(script), run_name="__main__")
+    assert written.read_text() == (ROOT / "docs" / "npu-rules.md").read_text()
 
 
 def test_calls_of_a_layer_come_in_that_order(monkeypatch):

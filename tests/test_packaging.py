@@ -13,6 +13,7 @@ import pytest
 import qwen3cp
 
 ROOT = Path(__file__).parents[1]
+PLANNER = ROOT / "qwen3cp" / "planner"
 
 
 def test_wheel_holds_the_linked_folders(tmp_path):
@@ -37,6 +38,9 @@ def test_wheel_holds_the_linked_folders(tmp_path):
         assert archive.read(top_level).decode().split() == ["qwen3cp"]
     expected = {f"qwen3cp/{p.relative_to(ROOT / 'qwen3cp')}" for p in ROOT.glob("qwen3cp/*.py")}
     expected |= {f"qwen3cp/ops/{p.name}" for p in ROOT.glob("qwen3cp/ops/*.py")}
+    data = [p for pattern in ("*.py", "*.json", "*.html") for p in PLANNER.glob(pattern)]
+    expected |= {f"qwen3cp/planner/{p.name}" for p in data}
+    assert {"qwen3cp/planner/models.json", "qwen3cp/planner/hardware.json"} <= expected
     for folder in ("weights", "eval"):
         expected |= {f"qwen3cp/{folder}/{p.name}" for p in (ROOT / folder).glob("*.py")}
     assert expected | {"qwen3cp/py.typed"} <= names

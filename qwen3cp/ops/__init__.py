@@ -10,11 +10,12 @@ import importlib.util
 
 import torch
 
-from qwen3cp.ops import attention, cache, moe, norm, quant, rotary
+from qwen3cp.ops.registry import KERNELS, check_call, tags_of
+from qwen3cp.ops.rules import RULES
 from qwen3cp.ops.schemas import SCHEMAS
 from qwen3cp.ops.settings import settings
 
-__all__ = ["HAS_TORCH_NPU", "SCHEMAS", "settings"]
+__all__ = ["HAS_TORCH_NPU", "RULES", "SCHEMAS", "check_call", "settings"]
 
 HAS_TORCH_NPU = importlib.util.find_spec("torch_npu") is not None
 
@@ -30,23 +31,11 @@ if HAS_TORCH_NPU:
             "TORCH_DEVICE_BACKEND_AUTOLOAD=0 only keeps `import torch` from loading torch_npu."
         ) from error
 
-_KERNELS = {
-    **attention.KERNELS,
-    **cache.KERNELS,
-    **norm.KERNELS,
-    **rotary.KERNELS,
-    **moe.KERNELS,
-    **quant.KERNELS,
-}
-
 # The registrations last as long as this object.
 _library = torch.library.Library("npu", "FRAGMENT")
 for _name, _schema in SCHEMAS.items():
     if not HAS_TORCH_NPU:
-        # torch_npu's tags. Without that of in-place operators, compilation refuses an operator that
-        # returns the tensor it changes.
-        _in_place = (torch.Tag.inplace,) if "(a!)" in _schema else ()
-        _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag, *_in_place))
-        _library.impl(_name, _KERNELS[_name].meta, "Meta")
+        _library.define(_schema, tags=tags_of(_schema))
+        _library.impl(_name, KERNELS[_name].meta, "Meta")
     # Inference only: what the kernels do inside is not recorded, and backward warns.
-    _library.impl(_name, torch.no_grad()(_KERNELS[_name].cpu), "CPU")
+    _library.impl(_name, torch.no_grad()(KERNELS[_name].cpu), "CPU")

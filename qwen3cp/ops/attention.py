@@ -166,4 +166,4 @@ def _fused_infer_attention_score_meta(
     return output, query.new_empty(call.lse_shape(query), dtype=torch.float32)
 
 
-KERNELS = {OP: Kernel(fused_infer_attention_score, _fused_infer_attention_score_meta)}
+KERNELS = {OP: Kernel(fused_infer_attention_score, _fused_infer_attention_score_meta, check_call)}

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from qwen3cp.ops import rules
 from qwen3cp.ops.checks import check_dtype, check_float, check_shape, refuse
+from qwen3cp.ops.rules import Rule
 
 OP = "npu_fused_infer_attention_score"
 
@@ -168,40 +170,43 @@ def check_call(
         key_rope=key_rope,
         key_rope_antiquant_scale=key_rope_antiquant_scale,
     )
-    check_float(OP, query=query, key=key, value=value)
+    check_float(rules.ATTENTION_DTYPE, query=query, key=key, value=value)
     for name, tensor in (("query", query), ("key", key), ("value", value)):
-        if not tensor.is_contiguous():
-            raise ValueError(f"{OP}: {name} must be contiguous; the NPU does not copy it")
+        _check_contiguous(name, tensor)
     if input_layout not in _LAYOUTS:
         raise NotImplementedError(
             f"{OP}: input_layout {input_layout!r} is not one of {', '.join(_LAYOUTS)}"
         )
     query_layout, output_layout = _LAYOUTS[input_layout]
     if query.dim() != len(query_layout):
-        raise ValueError(f"{OP}: query {tuple(query.shape)} does not fit layout {query_layout}")
+        raise rules.ATTENTION_QUERY.broken(
+            f"query {tuple(query.shape)} does not fit layout {query_layout}"
+        )
 
     if num_heads <= 0:
-        raise ValueError(f"{OP}: num_heads must be positive, not {num_heads}")
+        raise rules.ATTENTION_HEADS.broken(f"num_heads must be positive, not {num_heads}")
     num_kv_heads = num_key_value_heads or num_heads
     if num_kv_heads < 0 or num_heads % num_kv_heads or num_heads // num_kv_heads > 64:
-        raise ValueError(
-            f"{OP}: num_heads={num_heads} must be a multiple of "
+        raise rules.ATTENTION_HEADS.broken(
+            f"num_heads={num_heads} must be a multiple of "
             f"num_key_value_heads={num_key_value_heads}, at most 64 times as large"
         )
     if num_heads > 256:
-        raise ValueError(f"{OP}: num_heads={num_heads} exceeds 256")
-    head_dim = _head_dim("query", query, query_layout, num_heads)
+        raise rules.ATTENTION_MAX_HEADS.broken(f"num_heads={num_heads} exceeds 256")
+    head_dim = _head_dim(rules.ATTENTION_QUERY, "query", query, query_layout, num_heads)
     packed = query_layout == "TND"
     is_decode = not packed and _seq_size(query, query_layout) == 1
     if input_layout == "BNSD_BSND" and is_decode:
-        raise ValueError(f"{OP}: input_layout BNSD_BSND needs more than one query row")
+        raise rules.ATTENTION_ONE_ROW.broken("input_layout BNSD_BSND needs more than one query row")
 
     if block_table is None:
         value_dim = _check_fresh_kv(query, key, value, query_layout, num_kv_heads, head_dim)
     else:
-        check_dtype(OP, "block_table", block_table, torch.int32)
+        check_dtype(rules.ATTENTION_TABLE_DTYPE, "block_table", block_table, torch.int32)
         if block_table.dim() != 2:
-            raise ValueError(f"{OP}: block_table must have 2 dimensions, not {block_table.dim()}")
+            raise rules.ATTENTION_TABLE.broken(
+                f"block_table must have 2 dimensions, not {block_table.dim()}"
+            )
         _check_block_size(block_size, is_decode)
         value_dim = _check_paged_kv(key, value, query_layout, num_kv_heads, head_dim, block_size)
     _check_head_dims(packed, head_dim, value_dim, num_heads == num_kv_heads, block_table)
@@ -215,10 +220,10 @@ def check_call(
         )
     else:
         if block_table is not None and actual_seq_lengths_kv is None:
-            raise ValueError(f"{OP}: block_table needs actual_seq_lengths_kv")
+            raise rules.ATTENTION_PAGED_LENGTHS.broken("block_table needs actual_seq_lengths_kv")
         batch, seq = query.shape[0], _seq_size(query, query_layout)
         if batch > 65536:
-            raise ValueError(f"{OP}: batch {batch} exceeds 65536")
+            raise rules.ATTENTION_BATCH.broken(f"batch {batch} exceeds 65536")
         # The decode kernel does not read the query lengths.
         given = None if is_decode else actual_seq_lengths
         q_lengths = _padded_lengths("actual_seq_lengths", given, batch, seq)
@@ -234,6 +239,8 @@ def check_call(
     mask = None
     if atten_mask is not None and not has_template:
         mask = _check_full_mask(atten_mask, query, query_layout, limit, block_table is not None)
+    if atten_mask is not None:
+        _check_contiguous("atten_mask", atten_mask)
     if pse_shift is not None:
         _check_pse_shift(pse_shift, query, query_layout, num_heads, limit)
     return CheckedCall(
@@ -266,14 +273,21 @@ def _num_keys(key: Tensor, layout: str, block_table: Tensor | None, block_size: 
     return block_table.shape[1] * block_size
 
 
-def _head_dim(name: str, x: Tensor, layout: str, num_heads: int) -> int:
+def _check_contiguous(name: str, tensor: Tensor) -> None:
+    if not tensor.is_contiguous():
+        raise rules.ATTENTION_CONTIGUOUS.broken(
+            f"{name} must be contiguous; the NPU does not copy it"
+        )
+
+
+def _head_dim(rule: Rule, name: str, x: Tensor, layout: str, num_heads: int) -> int:
     if layout == "BSH":
         if x.shape[2] % num_heads:
-            raise ValueError(f"{OP}: {name} width {x.shape[2]} is no multiple of {num_heads} heads")
+            raise rule.broken(f"{name} width {x.shape[2]} is no multiple of {num_heads} heads")
         return x.shape[2] // num_heads
     if x.shape[layout.index("N")] != num_heads:
-        raise ValueError(
-            f"{OP}: {name} {tuple(x.shape)} in layout {layout} does not have {num_heads} heads"
+        raise rule.broken(
+            f"{name} {tuple(x.shape)} in layout {layout} does not have {num_heads} heads"
         )
     return x.shape[-1]
 
@@ -283,21 +297,23 @@ def _check_fresh_kv(
 ) -> int:
     """Keys and values in the layout of the query. Returns Dv."""
     if key.dim() != query.dim() or value.dim() != query.dim():
-        raise ValueError(
-            f"{OP}: query, key and value must have equally many dimensions without a "
+        raise rules.ATTENTION_FRESH_KV.broken(
+            f"query, key and value must have equally many dimensions without a "
             f"block_table, not {query.dim()}, {key.dim()} and {value.dim()}"
         )
-    key_dim = _head_dim("key", key, layout, num_kv_heads)
-    value_dim = _head_dim("value", value, layout, num_kv_heads)
+    key_dim = _head_dim(rules.ATTENTION_FRESH_KV, "key", key, layout, num_kv_heads)
+    value_dim = _head_dim(rules.ATTENTION_FRESH_KV, "value", value, layout, num_kv_heads)
     if key_dim != head_dim:
-        raise ValueError(f"{OP}: key has head dim {key_dim}, query {head_dim}")
+        raise rules.ATTENTION_KEY_DIM.broken(f"key has head dim {key_dim}, query {head_dim}")
     same = [layout.index(letter) for letter in layout if letter in "BST"]
     if any(key.shape[dim] != value.shape[dim] for dim in same):
-        raise ValueError(
-            f"{OP}: key {tuple(key.shape)} and value {tuple(value.shape)} do not agree"
+        raise rules.ATTENTION_FRESH_KV.broken(
+            f"key {tuple(key.shape)} and value {tuple(value.shape)} do not agree"
         )
     if layout != "TND" and key.shape[0] != query.shape[0]:
-        raise ValueError(f"{OP}: key has batch {key.shape[0]}, query {query.shape[0]}")
+        raise rules.ATTENTION_FRESH_KV.broken(
+            f"key has batch {key.shape[0]}, query {query.shape[0]}"
+        )
     return value_dim
 
 
@@ -306,21 +322,30 @@ def _check_paged_kv(
 ) -> int:
     """Caches (blocks, block_size, Nkv*D) or (blocks, Nkv, block_size, D). Returns Dv."""
     if key.dim() != value.dim():
-        raise ValueError(f"{OP}: key and value caches must have equally many dimensions")
+        raise rules.ATTENTION_CACHE.broken("key and value caches must have equally many dimensions")
     if key.dim() == 3:
         if max(key.shape[2], value.shape[2]) > 65535:
-            raise ValueError(f"{OP}: the last dimension of a 3-D cache must be at most 65535")
-        key_dim = _head_dim("key", key, "BSH", num_kv_heads)
-        value_dim = _head_dim("value", value, "BSH", num_kv_heads)
+            raise rules.ATTENTION_CACHE_WIDTH.broken(
+                "the last dimension of a 3-D cache must be at most 65535"
+            )
+        key_dim = _head_dim(rules.ATTENTION_CACHE, "key", key, "BSH", num_kv_heads)
+        value_dim = _head_dim(rules.ATTENTION_CACHE, "value", value, "BSH", num_kv_heads)
         expected = (key.shape[0], block_size, num_kv_heads * value_dim)
-        check_shape(OP, "key cache", key, (key.shape[0], block_size, num_kv_heads * key_dim))
+        check_shape(
+            rules.ATTENTION_CACHE,
+            "key cache",
+            key,
+            (key.shape[0], block_size, num_kv_heads * key_dim),
+        )
     elif key.dim() == 4:
         if layout not in ("BNSD", "TND"):
-            raise ValueError(f"{OP}: a 4-D cache needs a BNSD or TND query, not {layout}")
+            raise rules.ATTENTION_CACHE.broken(
+                f"a 4-D cache needs a BNSD or TND query, not {layout}"
+            )
         key_dim, value_dim = key.shape[3], value.shape[3]
         expected = (key.shape[0], num_kv_heads, block_size, value_dim)
         check_shape(
-            OP,
+            rules.ATTENTION_CACHE,
             "key cache (blocks, heads, block_size, head dim)",
             key,
             (key.shape[0], num_kv_heads, block_size, key_dim),
@@ -328,18 +353,20 @@ def _check_paged_kv(
     elif key.dim() == 5:
         raise NotImplementedError(f"{OP}: 5-D (NZ) caches are not supported, pass the 3-D view")
     else:
-        raise ValueError(f"{OP}: a cache must have 3 or 4 dimensions, not {key.dim()}")
+        raise rules.ATTENTION_CACHE.broken(f"a cache must have 3 or 4 dimensions, not {key.dim()}")
     if key_dim != head_dim:
-        raise ValueError(f"{OP}: the key cache has head dim {key_dim}, query {head_dim}")
-    check_shape(OP, "value cache", value, expected)
+        raise rules.ATTENTION_KEY_DIM.broken(
+            f"the key cache has head dim {key_dim}, query {head_dim}"
+        )
+    check_shape(rules.ATTENTION_CACHE, "value cache", value, expected)
     return value_dim
 
 
 def _check_block_size(block_size: int, is_decode: bool) -> None:
     step = 16 if is_decode else 128
     if block_size <= 0 or block_size % step or block_size > 512:
-        raise ValueError(
-            f"{OP}: block_size must be a multiple of {step} up to 512 here, not {block_size}"
+        raise rules.ATTENTION_BLOCK_SIZE.broken(
+            f"block_size must be a multiple of {step} up to 512 here, not {block_size}"
         )
 
 
@@ -348,17 +375,17 @@ def _check_head_dims(
 ) -> None:
     if packed:
         if (head_dim, value_dim) not in _TND_HEAD_DIMS:
-            raise ValueError(
-                f"{OP}: TND needs head dims (of query and key, of value) among "
+            raise rules.ATTENTION_TND_HEAD_DIM.broken(
+                f"TND needs head dims (of query and key, of value) among "
                 f"{_TND_HEAD_DIMS}, not {(head_dim, value_dim)}"
             )
         if value_dim == 192 and not (is_mha and block_table is None):
-            raise ValueError(
-                f"{OP}: TND with head dim 192 needs as many key heads as query heads and no pages"
+            raise rules.ATTENTION_TND_192.broken(
+                "TND with head dim 192 needs as many key heads as query heads and no pages"
             )
     elif any(dim % 16 or not 0 < dim <= 512 for dim in (head_dim, value_dim)):
-        raise ValueError(
-            f"{OP}: head dims must be multiples of 16 up to 512, not {(head_dim, value_dim)}"
+        raise rules.ATTENTION_HEAD_DIM.broken(
+            f"head dims must be multiples of 16 up to 512, not {(head_dim, value_dim)}"
         )
 
 
@@ -371,15 +398,21 @@ def _packed_lengths(
 ) -> tuple[list[int], list[int]]:
     """TND: q_ends is cumulative; kv_list is too, but with pages it holds plain lengths."""
     if q_ends is None or kv_list is None:
-        raise ValueError(f"{OP}: TND needs actual_seq_lengths and actual_seq_lengths_kv")
+        raise rules.ATTENTION_TND_LENGTHS.broken(
+            "TND needs actual_seq_lengths and actual_seq_lengths_kv"
+        )
     if len(q_ends) != len(kv_list):
-        raise ValueError(
-            f"{OP}: {len(q_ends)} actual_seq_lengths but {len(kv_list)} actual_seq_lengths_kv"
+        raise rules.ATTENTION_TND_LENGTHS.broken(
+            f"{len(q_ends)} actual_seq_lengths but {len(kv_list)} actual_seq_lengths_kv"
         )
     if not 1 <= len(q_ends) <= 4096:
-        raise ValueError(f"{OP}: TND takes 1 to 4096 requests, not {len(q_ends)}")
+        raise rules.ATTENTION_TND_REQUESTS.broken(
+            f"TND takes 1 to 4096 requests, not {len(q_ends)}"
+        )
     if query.shape[0] > 1048576:
-        raise ValueError(f"{OP}: {query.shape[0]} tokens exceed the 1048576 that TND takes")
+        raise rules.ATTENTION_TND_TOKENS.broken(
+            f"{query.shape[0]} tokens exceed the 1048576 that TND takes"
+        )
     q_lengths = _differences("actual_seq_lengths", q_ends, query.shape[0])
     if paged:
         return q_lengths, _bounded("actual_seq_lengths_kv", list(kv_list), limit)
@@ -389,10 +422,12 @@ def _packed_lengths(
 def _differences(name: str, ends: Sequence[int], total: int) -> list[int]:
     lengths = [end - start for start, end in zip([0, *ends[:-1]], ends, strict=True)]
     if min(lengths) < 0:
-        raise ValueError(f"{OP}: {name} must be cumulative, so never decrease: {list(ends)}")
+        raise rules.ATTENTION_CUMULATIVE.broken(
+            f"{name} must be cumulative, so never decrease: {list(ends)}"
+        )
     if ends[-1] != total:
-        raise ValueError(
-            f"{OP}: the last of {name} is {ends[-1]}, but must equal the {total} tokens; "
+        raise rules.ATTENTION_LAST_LENGTH.broken(
+            f"the last of {name} is {ends[-1]}, but must equal the {total} tokens; "
             "padding rows need a request of their own"
         )
     return lengths
@@ -404,27 +439,31 @@ def _padded_lengths(name: str, lengths: Sequence[int] | None, batch: int, limit:
     if len(lengths) == 1:
         lengths = [lengths[0]] * batch
     elif len(lengths) < batch:
-        raise ValueError(f"{OP}: {name} has {len(lengths)} entries, but needs 1 or {batch}")
+        raise rules.ATTENTION_LENGTH_COUNT.broken(
+            f"{name} has {len(lengths)} entries, but needs 1 or {batch}"
+        )
     return _bounded(name, list(lengths[:batch]), limit)
 
 
 def _bounded(name: str, lengths: list[int], limit: int) -> list[int]:
     if lengths and not 0 <= min(lengths) <= max(lengths) <= limit:
-        raise ValueError(f"{OP}: {name} must be between 0 and {limit}: {lengths}")
+        raise rules.ATTENTION_LENGTH.broken(f"{name} must be between 0 and {limit}: {lengths}")
     return lengths
 
 
 def _check_blocks(block_table: Tensor, key: Tensor, kv_lengths: list[int], block_size: int) -> None:
     if block_table.shape[0] != len(kv_lengths):
-        raise ValueError(
-            f"{OP}: block_table has {block_table.shape[0]} rows for {len(kv_lengths)} requests"
+        raise rules.ATTENTION_TABLE.broken(
+            f"block_table has {block_table.shape[0]} rows for {len(kv_lengths)} requests"
         )
     if sum(kv_lengths) == 0:
-        raise ValueError(f"{OP}: with a block_table, at least one request must have keys")
+        raise rules.ATTENTION_NO_KEYS.broken(
+            "with a block_table, at least one request must have keys"
+        )
     needed = sum(-(-length // block_size) for length in kv_lengths)
     if key.shape[0] < needed:
-        raise ValueError(
-            f"{OP}: the requests need {needed} blocks (shared blocks count every time), "
+        raise rules.ATTENTION_BLOCK_SUM.broken(
+            f"the requests need {needed} blocks (shared blocks count every time), "
             f"but the cache has {key.shape[0]}"
         )
 
@@ -432,26 +471,32 @@ def _check_blocks(block_table: Tensor, key: Tensor, kv_lengths: list[int], block
 def _check_inner_precise(inner_precise: int, packed: bool, is_decode: bool) -> None:
     allowed = (0,) if packed else (0, 1) if is_decode else (0, 1, 2, 3)
     if inner_precise not in allowed:
-        raise ValueError(f"{OP}: inner_precise must be in {allowed} here, not {inner_precise}")
+        raise rules.ATTENTION_INNER_PRECISE.broken(
+            f"inner_precise must be in {allowed} here, not {inner_precise}"
+        )
 
 
 def _check_sparse_mode(sparse_mode: int, atten_mask: Tensor | None, packed: bool) -> None:
     if not 0 <= sparse_mode <= 4:
-        raise NotImplementedError(f"{OP}: sparse_mode must be 0 to 4, not {sparse_mode}")
+        raise rules.ATTENTION_SPARSE_MODE.broken(f"sparse_mode must be 0 to 4, not {sparse_mode}")
     if packed and sparse_mode not in (0, 3, 4):
-        raise ValueError(f"{OP}: TND takes sparse_mode 0, 3 or 4, not {sparse_mode}")
+        raise rules.ATTENTION_TND_SPARSE_MODE.broken(
+            f"TND takes sparse_mode 0, 3 or 4, not {sparse_mode}"
+        )
     if packed and sparse_mode == 0 and atten_mask is not None:
-        raise ValueError(f"{OP}: TND takes no atten_mask with sparse_mode 0")
+        raise rules.ATTENTION_TND_SPARSE_MODE.broken("TND takes no atten_mask with sparse_mode 0")
     if atten_mask is None:
         if sparse_mode:
-            raise ValueError(f"{OP}: sparse_mode {sparse_mode} needs atten_mask")
+            raise rules.ATTENTION_MASK_NEEDED.broken(f"sparse_mode {sparse_mode} needs atten_mask")
         return
-    check_dtype(OP, "atten_mask", atten_mask, torch.bool, torch.int8, torch.uint8)
+    check_dtype(
+        rules.ATTENTION_MASK_DTYPE, "atten_mask", atten_mask, torch.bool, torch.int8, torch.uint8
+    )
     if sparse_mode >= 2:
         square = (_TEMPLATE_SIZE, _TEMPLATE_SIZE)
         if tuple(atten_mask.shape) not in (square, (1, *square), (1, 1, *square)):
-            raise ValueError(
-                f"{OP}: sparse_mode {sparse_mode} needs the {square} mask template whatever the "
+            raise rules.ATTENTION_TEMPLATE.broken(
+                f"sparse_mode {sparse_mode} needs the {square} mask template whatever the "
                 f"lengths, not {tuple(atten_mask.shape)}"
             )
 
@@ -467,16 +512,18 @@ def _check_geometry(
     if sparse_mode == 3 and packed:
         for request, (q, kv) in enumerate(zip(q_lengths, kv_lengths, strict=True)):
             if q > kv:
-                raise ValueError(
-                    f"{OP}: request {request} has {q} query rows but {kv} keys; sparse_mode 3 "
+                raise rules.ATTENTION_ROWS.broken(
+                    f"request {request} has {q} query rows but {kv} keys; sparse_mode 3 "
                     "in TND needs a key for every row (give whole lengths, with what is cached)"
                 )
     if sparse_mode == 4:
         if pre_tokens + next_tokens < 0:
-            raise ValueError(f"{OP}: pre_tokens={pre_tokens} + next_tokens={next_tokens} < 0")
+            raise rules.ATTENTION_BAND.broken(
+                f"pre_tokens={pre_tokens} + next_tokens={next_tokens} < 0"
+            )
         if pre_tokens < -min(q_lengths) or next_tokens < -min(kv_lengths):
-            raise ValueError(
-                f"{OP}: pre_tokens={pre_tokens} must be at least minus the query length, "
+            raise rules.ATTENTION_BAND.broken(
+                f"pre_tokens={pre_tokens} must be at least minus the query length, "
                 f"next_tokens={next_tokens} at least minus the key length"
             )
 
@@ -491,8 +538,8 @@ def _check_full_mask(
     if rows == 1:
         shapes.append((batch,))
     if tuple(mask.shape[:-1]) not in shapes or not wide_enough:
-        raise ValueError(
-            f"{OP}: atten_mask {tuple(mask.shape)} does not fit batch {batch}, {rows} query rows "
+        raise rules.ATTENTION_FULL_MASK.broken(
+            f"atten_mask {tuple(mask.shape)} does not fit batch {batch}, {rows} query rows "
             f"and {num_keys} keys"
         )
     return mask.reshape(-1, rows, mask.shape[-1]) != 0
@@ -502,12 +549,15 @@ def _check_pse_shift(
     pse_shift: Tensor, query: Tensor, layout: str, num_heads: int, num_keys: int
 ) -> None:
     if layout == "TND":
-        raise ValueError(f"{OP}: TND takes no pse_shift")
-    check_float(OP, query=query, pse_shift=pse_shift)
+        raise rules.ATTENTION_PSE.broken("TND takes no pse_shift")
+    check_float(rules.ATTENTION_PSE_DTYPE, query=query, pse_shift=pse_shift)
     rows = _seq_size(query, layout)
     shapes = [(batch, num_heads, rows, num_keys) for batch in (1, query.shape[0])]
     if tuple(pse_shift.shape) not in shapes:
-        raise ValueError(f"{OP}: pse_shift must be one of {shapes}, not {tuple(pse_shift.shape)}")
+        raise rules.ATTENTION_PSE.broken(
+            f"pse_shift must be one of {shapes}, not {tuple(pse_shift.shape)}"
+        )
+    _check_contiguous("pse_shift", pse_shift)
 
 
 def check_template(template: Tensor) -> None:
@@ -518,7 +568,7 @@ def check_template(template: Tensor) -> None:
     """
     rows = template.view(_TEMPLATE_SIZE, _TEMPLATE_SIZE)[::_TEMPLATE_STEP]
     if not torch.equal(rows, _TEMPLATE_ROWS.to(rows.dtype)):
-        raise ValueError(
-            f"{OP}: atten_mask must be triu(ones(2048, 2048), diagonal=1): 1 above the diagonal, "
+        raise rules.ATTENTION_TEMPLATE_DATA.broken(
+            "atten_mask must be triu(ones(2048, 2048), diagonal=1): 1 above the diagonal, "
             "where keys are masked, and 0 elsewhere"
         )

@@ -10,36 +10,38 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from qwen3cp.ops.rules import Rule
 from qwen3cp.ops.settings import settings
 
 
 class Kernel(NamedTuple):
-    """The two implementations of one operator."""
+    """The two implementations of one operator, and the check that both begin with."""
 
     cpu: Callable
     meta: Callable
+    check: Callable  # takes the operator's arguments, raises by the first rule that they break
 
 
-def check_float(op: str, **tensors: Tensor) -> None:
+def check_float(rule: Rule, **tensors: Tensor) -> None:
     """Accept bfloat16, and float32 as an extension for comparisons; all tensors alike."""
     (first_name, first), *rest = tensors.items()
     if first.dtype not in (torch.bfloat16, torch.float32):
-        raise TypeError(f"{op}: {first_name} must be bfloat16 or float32, not {first.dtype}")
+        raise rule.broken(f"{first_name} must be bfloat16 or float32, not {first.dtype}")
     for name, tensor in rest:
         if tensor.dtype != first.dtype:
-            raise TypeError(
-                f"{op}: {name} is {tensor.dtype}, but must be {first.dtype} like {first_name}"
+            raise rule.broken(
+                f"{name} is {tensor.dtype}, but must be {first.dtype} like {first_name}"
             )
 
 
-def check_dtype(op: str, name: str, tensor: Tensor, *allowed: torch.dtype) -> None:
+def check_dtype(rule: Rule, name: str, tensor: Tensor, *allowed: torch.dtype) -> None:
     if tensor.dtype not in allowed:
-        raise TypeError(f"{op}: {name} must be one of {allowed}, not {tensor.dtype}")
+        raise rule.broken(f"{name} must be one of {allowed}, not {tensor.dtype}")
 
 
-def check_shape(op: str, name: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
+def check_shape(rule: Rule, name: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
     if tuple(tensor.shape) != expected:
-        raise ValueError(f"{op}: {name} must have shape {expected}, not {tuple(tensor.shape)}")
+        raise rule.broken(f"{name} must have shape {expected}, not {tuple(tensor.shape)}")
 
 
 def refuse(op: str, **arguments: object) -> None:

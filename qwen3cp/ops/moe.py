@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qwen3cp.ops import rules
 from qwen3cp.ops.checks import (
     Kernel,
     check_dtype,
@@ -29,6 +30,7 @@ _UNPERMUTE = "npu_moe_token_unpermute"
 # expert_tokens_num_type of npu_moe_init_routing_v2
 COUNTS = 1
 KEY_VALUE = 2
+_MAX_EXPERTS = 10240
 
 # dtype arguments reach a kernel as these numbers
 _DTYPE_NUMBERS = {torch.float32: 6, torch.bfloat16: 15}
@@ -37,15 +39,15 @@ _DTYPE_NUMBERS = {torch.float32: 6, torch.bfloat16: 15}
 # ---------------------------------------------------------------------------------------- gating
 
 
-def _check_gating(x: Tensor, finished: Tensor | None, k: int) -> None:
-    check_float(_GATING, x=x)
+def _check_gating(x: Tensor, finished: Tensor | None = None, k: int = 1) -> None:
+    check_float(rules.GATING_DTYPE, x=x)
     if x.dim() not in (2, 3):
-        raise ValueError(f"{_GATING}: x must have 2 or 3 dimensions, not {x.dim()}")
+        raise rules.GATING_RANK.broken(f"x must have 2 or 3 dimensions, not {x.dim()}")
     if not 1 <= k <= min(1024, x.shape[-1]):
-        raise ValueError(f"{_GATING}: k={k} must be in 1..1024 and at most E={x.shape[-1]}")
+        raise rules.GATING_K.broken(f"k={k} must be in 1..1024 and at most E={x.shape[-1]}")
     if finished is not None:
-        check_dtype(_GATING, "finished", finished, torch.bool)
-        check_shape(_GATING, "finished", finished, tuple(x.shape[:-1]))
+        check_dtype(rules.GATING_FINISHED_DTYPE, "finished", finished, torch.bool)
+        check_shape(rules.GATING_FINISHED, "finished", finished, tuple(x.shape[:-1]))
 
 
 def gating_top_k_softmax(
@@ -111,57 +113,67 @@ def _check_routing(
     """Accept what CANN 8.5 accepts, which is less than the schema's defaults promise."""
     refuse(_ROUTING, x_dtype=x_dtype)
     if offset is not None:
-        raise ValueError(f"{_ROUTING}: offset belongs to quant_mode 0, which CANN does not accept")
-    check_dtype(_ROUTING, "x", x, torch.bfloat16, torch.float32, torch.int8)
-    check_dtype(_ROUTING, "expert_idx", expert_idx, torch.int32)
+        raise rules.ROUTING_OFFSET.broken(
+            "offset belongs to quant_mode 0, which CANN does not accept"
+        )
+    check_dtype(rules.ROUTING_DTYPE, "x", x, torch.bfloat16, torch.float32, torch.int8)
+    check_dtype(rules.ROUTING_INDEX_DTYPE, "expert_idx", expert_idx, torch.int32)
     if (
         x.dim() != 2
         or expert_idx.dim() != 2
         or x.shape[0] != expert_idx.shape[0]
         or expert_idx.shape[1] == 0
     ):
-        raise ValueError(
-            f"{_ROUTING}: x must be (N, H) and expert_idx (N, K) with K at least 1, "
+        raise rules.ROUTING_SHAPES.broken(
+            f"x must be (N, H) and expert_idx (N, K) with K at least 1, "
             f"not {tuple(x.shape)} and {tuple(expert_idx.shape)}"
         )
     if active_num != -1 and active_num != expert_idx.numel():
-        raise ValueError(
-            f"{_ROUTING}: CANN accepts active_num -1 or N*K={expert_idx.numel()}, not {active_num}"
+        raise rules.ROUTING_ACTIVE_NUM.broken(
+            f"CANN accepts active_num -1 or N*K={expert_idx.numel()}, not {active_num}"
         )
     if drop_pad_mode != 0:
-        raise ValueError(f"{_ROUTING}: CANN accepts drop_pad_mode 0 only, not {drop_pad_mode}")
+        raise rules.ROUTING_DROP_PAD.broken(
+            f"CANN accepts drop_pad_mode 0 only, not {drop_pad_mode}"
+        )
     if expert_tokens_num_type not in (COUNTS, KEY_VALUE):
-        raise ValueError(
-            f"{_ROUTING}: CANN accepts expert_tokens_num_type 1 (counts) or 2 (key-value), "
+        raise rules.ROUTING_NUM_TYPE.broken(
+            f"CANN accepts expert_tokens_num_type 1 (counts) or 2 (key-value), "
             f"not {expert_tokens_num_type}; the default is not accepted"
         )
     if not expert_tokens_num_flag:
-        raise ValueError(f"{_ROUTING}: CANN accepts expert_tokens_num_flag=True only")
+        raise rules.ROUTING_NUM_FLAG.broken("CANN accepts expert_tokens_num_flag=True only")
     if quant_mode not in (-1, 1):
-        raise ValueError(f"{_ROUTING}: CANN accepts quant_mode -1 or 1, not {quant_mode}")
+        raise rules.ROUTING_QUANT_MODE.broken(f"CANN accepts quant_mode -1 or 1, not {quant_mode}")
     if len(active_expert_range) != 2:
-        raise ValueError(
-            f"{_ROUTING}: active_expert_range must be given as [start, end]; the default is "
+        raise rules.ROUTING_RANGE_GIVEN.broken(
+            "active_expert_range must be given as [start, end]; the default is "
             "remembered from the first call of the process"
         )
     start, end = active_expert_range
     if not 0 <= start < end <= expert_num:
-        raise ValueError(
-            f"{_ROUTING}: active_expert_range must satisfy 0 <= start < end <= expert_num, "
+        raise rules.ROUTING_RANGE.broken(
+            f"active_expert_range must satisfy 0 <= start < end <= expert_num, "
             f"not [{start}, {end}] with expert_num={expert_num}"
         )
+    most = _MAX_EXPERTS // (2 if expert_tokens_num_type == KEY_VALUE else 1)
+    if expert_num > most:
+        raise rules.ROUTING_EXPERTS.broken(
+            f"expert_num={expert_num} exceeds {most} with "
+            f"expert_tokens_num_type={expert_tokens_num_type}"
+        )
     if row_idx_type not in (0, 1):
-        raise ValueError(f"{_ROUTING}: row_idx_type must be 0 or 1, not {row_idx_type}")
+        raise rules.ROUTING_ROW_TYPE.broken(f"row_idx_type must be 0 or 1, not {row_idx_type}")
     if quant_mode == 1 and x.dtype == torch.int8:
-        raise TypeError(f"{_ROUTING}: x is int8 already, quant_mode must be -1")
+        raise rules.ROUTING_INT8.broken("x is int8 already, quant_mode must be -1")
     if scale is not None:
-        check_dtype(_ROUTING, "scale", scale, torch.float32)
+        check_dtype(rules.ROUTING_SCALE_DTYPE, "scale", scale, torch.float32)
         if quant_mode == -1:
-            check_shape(_ROUTING, "scale", scale, (x.shape[0],))
+            check_shape(rules.ROUTING_SCALE, "scale", scale, (x.shape[0],))
         elif scale.dim() != 2 or scale.shape[0] != 1:
-            check_shape(_ROUTING, "scale", scale, (end - start, x.shape[1]))
+            check_shape(rules.ROUTING_SCALE, "scale", scale, (end - start, x.shape[1]))
         else:
-            check_shape(_ROUTING, "scale", scale, (1, x.shape[1]))
+            check_shape(rules.ROUTING_SCALE, "scale", scale, (1, x.shape[1]))
     return _Routing(
         start, end, expert_num, scale, quant_mode == 1, expert_tokens_num_type, row_idx_type
     )
@@ -303,7 +315,7 @@ def _check_grouped_matmul(
         per_token_scale_dtype=per_token_scale_dtype,
     )
     if group_type is None:
-        raise ValueError(f"{_GROUPED}: group_type must be passed (0 splits the rows of x)")
+        raise rules.GROUPED_TYPE.broken("group_type must be passed (0 splits the rows of x)")
     if group_type != 0:
         raise NotImplementedError(f"{_GROUPED}: group_type must be 0, not {group_type}")
     if split_item not in (2, 3):
@@ -320,30 +332,40 @@ def _check_grouped_matmul(
             f"{_GROUPED}: x and weight must be lists of one tensor, not {len(x)} and {len(weight)}"
         )
     rows, experts = x[0], weight[0]
-    check_float(_GROUPED, x=rows, weight=experts)
+    check_float(rules.GROUPED_DTYPE, x=rows, weight=experts)
     if rows.dim() != 2 or experts.dim() != 3 or rows.shape[1] != experts.shape[1]:
-        raise ValueError(
-            f"{_GROUPED}: x must be (M, K) and weight (E, K, N), "
+        raise rules.GROUPED_SHAPES.broken(
+            f"x must be (M, K) and weight (E, K, N), "
             f"not {tuple(rows.shape)} and {tuple(experts.shape)}"
         )
     num_experts, _, width = experts.shape
     if max(rows.shape[1], width) >= 65536:
-        raise ValueError(f"{_GROUPED}: K={rows.shape[1]} and N={width} must be below 65536")
+        raise rules.GROUPED_INNER.broken(f"K={rows.shape[1]} and N={width} must be below 65536")
     if not rows.is_contiguous():
-        raise ValueError(f"{_GROUPED}: x must be contiguous")
+        raise rules.GROUPED_X_CONTIGUOUS.broken("x must be contiguous")
+    if not (experts.is_contiguous() or experts.transpose(1, 2).is_contiguous()):
+        raise rules.GROUPED_WEIGHT_STRIDES.broken(
+            f"weight must be contiguous, or the transposed view of what is, but "
+            f"{tuple(experts.shape)} has the strides {experts.stride()}"
+        )
     if output_dtype not in (None, _DTYPE_NUMBERS[rows.dtype]):
         raise NotImplementedError(f"{_GROUPED}: output_dtype must be None or that of x")
     if group_list is None:
-        raise ValueError(f"{_GROUPED}: group_list must be given")
-    check_dtype(_GROUPED, "group_list", group_list, torch.int64)
-    check_shape(_GROUPED, "group_list", group_list, (num_experts,))
+        raise rules.GROUPED_LIST_GIVEN.broken("group_list must be given")
+    check_dtype(rules.GROUPED_LIST_DTYPE, "group_list", group_list, torch.int64)
+    check_shape(rules.GROUPED_LIST, "group_list", group_list, (num_experts,))
     if num_experts > 1024:
-        raise ValueError(f"{_GROUPED}: {num_experts} groups, at most 1024 are possible")
+        raise rules.GROUPED_MAX_GROUPS.broken(f"{num_experts} groups, at most 1024 are possible")
+    if group_list_type == 1 and num_experts < 2:
+        raise rules.GROUPED_COUNTS.broken(
+            "counts (group_list_type 1) need two or more groups; of one group they are the same "
+            "as type 0, which takes it"
+        )
     if bias is not None:
         if len(bias) != 1:
-            raise ValueError(f"{_GROUPED}: bias must be a list of one tensor, not {len(bias)}")
-        check_dtype(_GROUPED, "bias", bias[0], torch.float32)
-        check_shape(_GROUPED, "bias", bias[0], (num_experts, width))
+            raise rules.GROUPED_BIAS.broken(f"bias must be a list of one tensor, not {len(bias)}")
+        check_dtype(rules.GROUPED_BIAS_DTYPE, "bias", bias[0], torch.float32)
+        check_shape(rules.GROUPED_BIAS, "bias", bias[0], (num_experts, width))
     return rows, experts, bias[0] if bias is not None else None, group_list, group_list_type == 1
 
 
@@ -357,10 +379,10 @@ def grouped_matmul(x: Sequence[Tensor], weight: Sequence[Tensor], **options) -> 
     counts = group_list if is_counts else group_list.diff(prepend=group_list.new_zeros(1))
     sizes: list[int] = counts.tolist()
     if min(sizes, default=0) < 0:
-        raise ValueError(f"{_GROUPED}: group_list has a negative group: {sizes}")
+        raise rules.GROUPED_ROWS.broken(f"group_list has a negative group: {sizes}")
     if sum(sizes) > rows.shape[0]:
-        raise ValueError(
-            f"{_GROUPED}: group_list needs {sum(sizes)} rows, but x has {rows.shape[0]}"
+        raise rules.GROUPED_ROWS.broken(
+            f"group_list needs {sum(sizes)} rows, but x has {rows.shape[0]}"
         )
     out = rows.new_empty(rows.shape[0], experts.shape[2])
     start = 0
@@ -391,13 +413,13 @@ def _refuse_grouped_matmul_list(x: Sequence[Tensor], weight: Sequence[Tensor], *
 # ---------------------------------------------------------------------------------------- swiglu
 
 
-def _check_swiglu(input: Tensor, dim: int) -> tuple[int, ...]:
+def _check_swiglu(input: Tensor, dim: int = -1) -> tuple[int, ...]:
     """Returns the shape of the result."""
-    check_float(_SWIGLU, input=input)
+    check_float(rules.SWIGLU_DTYPE, input=input)
     if not -input.dim() <= dim < input.dim():
-        raise ValueError(f"{_SWIGLU}: dim={dim} is not a dimension of {tuple(input.shape)}")
+        raise rules.SWIGLU_DIM.broken(f"dim={dim} is not a dimension of {tuple(input.shape)}")
     if input.shape[dim] % 2:
-        raise ValueError(f"{_SWIGLU}: size {input.shape[dim]} of dimension {dim} must be even")
+        raise rules.SWIGLU_EVEN.broken(f"size {input.shape[dim]} of dimension {dim} must be even")
     shape = list(input.shape)
     shape[dim] //= 2
     return tuple(shape)
@@ -420,32 +442,31 @@ def _swiglu_meta(input: Tensor, dim: int = -1) -> Tensor:
 def _check_unpermute(
     permuted_tokens: Tensor,
     sorted_indices: Tensor,
-    probs: Tensor | None,
-    padded_mode: bool,
-    restore_shape: Sequence[int] | None,
+    probs: Tensor | None = None,
+    padded_mode: bool = False,
+    restore_shape: Sequence[int] | None = None,
 ) -> tuple[int, int]:
     """Returns (number of tokens, choices of each)."""
     refuse(_UNPERMUTE, restore_shape=restore_shape)
     if padded_mode:
         raise NotImplementedError(f"{_UNPERMUTE}: padded_mode must be False")
-    check_float(_UNPERMUTE, permuted_tokens=permuted_tokens)
-    check_dtype(_UNPERMUTE, "sorted_indices", sorted_indices, torch.int32)
+    check_float(rules.UNPERMUTE_DTYPE, permuted_tokens=permuted_tokens)
+    check_dtype(rules.UNPERMUTE_INDEX_DTYPE, "sorted_indices", sorted_indices, torch.int32)
     if permuted_tokens.dim() != 2 or sorted_indices.dim() != 1:
-        raise ValueError(
-            f"{_UNPERMUTE}: permuted_tokens must be (rows, H) and sorted_indices (N*K,), "
+        raise rules.UNPERMUTE_SHAPES.broken(
+            f"permuted_tokens must be (rows, H) and sorted_indices (N*K,), "
             f"not {tuple(permuted_tokens.shape)} and {tuple(sorted_indices.shape)}"
         )
     if probs is None:
         return sorted_indices.shape[0], 1
-    check_dtype(_UNPERMUTE, "probs", probs, torch.bfloat16, torch.float32)
+    check_dtype(rules.UNPERMUTE_PROBS_DTYPE, "probs", probs, torch.bfloat16, torch.float32)
     if probs.dim() != 2 or probs.numel() != sorted_indices.shape[0]:
-        raise ValueError(
-            f"{_UNPERMUTE}: probs must be (N, K) with N*K={sorted_indices.shape[0]}, "
-            f"not {tuple(probs.shape)}"
+        raise rules.UNPERMUTE_PROBS.broken(
+            f"probs must be (N, K) with N*K={sorted_indices.shape[0]}, not {tuple(probs.shape)}"
         )
     num_tokens, num_choices = probs.shape
     if not 1 <= num_choices <= 512:
-        raise ValueError(f"{_UNPERMUTE}: K={num_choices} must be in 1..512")
+        raise rules.UNPERMUTE_K.broken(f"K={num_choices} must be in 1..512")
     return num_tokens, num_choices
 
 
@@ -468,7 +489,7 @@ def token_unpermute(
     num_rows, hidden = permuted_tokens.shape
     indices = sorted_indices.reshape(num_tokens, num_choices)
     if indices.numel() and int(indices.min()) < 0:
-        raise IndexError(f"{_UNPERMUTE}: sorted_indices has negative entries")
+        raise rules.UNPERMUTE_INDEX.broken("sorted_indices has negative entries")
     out = permuted_tokens.new_zeros(num_tokens, hidden, dtype=torch.float32)
     if num_rows == 0:
         return out.to(permuted_tokens.dtype)
@@ -498,10 +519,10 @@ def _token_unpermute_meta(
 
 
 KERNELS = {
-    _GATING: Kernel(gating_top_k_softmax, _gating_top_k_softmax_meta),
-    _ROUTING: Kernel(init_routing_v2, _init_routing_v2_meta),
-    _GROUPED: Kernel(grouped_matmul, _grouped_matmul_meta),
-    f"{_GROUPED}.List": Kernel(_refuse_grouped_matmul_list, _refuse_grouped_matmul_list),
-    _SWIGLU: Kernel(swiglu, _swiglu_meta),
-    _UNPERMUTE: Kernel(token_unpermute, _token_unpermute_meta),
+    _GATING: Kernel(gating_top_k_softmax, _gating_top_k_softmax_meta, _check_gating),
+    _ROUTING: Kernel(init_routing_v2, _init_routing_v2_meta, _check_routing),
+    _GROUPED: Kernel(grouped_matmul, _grouped_matmul_meta, _check_grouped_matmul),
+    f"{_GROUPED}.List": Kernel(*[_refuse_grouped_matmul_list] * 3),
+    _SWIGLU: Kernel(swiglu, _swiglu_meta, _check_swiglu),
+    _UNPERMUTE: Kernel(token_unpermute, _token_unpermute_meta, _check_unpermute),
 }

@@ -3,7 +3,9 @@
 import torch
 from torch import Tensor
 
+from qwen3cp.ops import rules
 from qwen3cp.ops.checks import Kernel, check_dtype, check_float, check_shape
+from qwen3cp.ops.rules import Rule
 
 
 def _rstd(x: Tensor, gamma: Tensor, epsilon: float) -> Tensor:
@@ -16,16 +18,16 @@ def _rstd_shape(x: Tensor, gamma: Tensor) -> tuple[int, ...]:
     return (*x.shape[: x.dim() - gamma.dim()], *(1 for _ in gamma.shape))
 
 
-def _check_gamma(op: str, x: Tensor, gamma: Tensor) -> None:
+def _check_gamma(rule: Rule, x: Tensor, gamma: Tensor) -> None:
     if not 1 <= gamma.dim() <= x.dim():
-        raise ValueError(f"{op}: gamma has {gamma.dim()} dimensions, the input {x.dim()}")
-    check_shape(op, "gamma", gamma, tuple(x.shape[x.dim() - gamma.dim() :]))
+        raise rule.broken(f"gamma has {gamma.dim()} dimensions, the input {x.dim()}")
+    check_shape(rule, "gamma", gamma, tuple(x.shape[x.dim() - gamma.dim() :]))
 
 
-def _check_rms_norm(input: Tensor, gamma: Tensor) -> None:
-    check_float("npu_rms_norm", input=input)
-    check_dtype("npu_rms_norm", "gamma", gamma, input.dtype, torch.float32)
-    _check_gamma("npu_rms_norm", input, gamma)
+def _check_rms_norm(input: Tensor, gamma: Tensor, epsilon: float = 1e-06) -> None:
+    check_float(rules.RMS_DTYPE, input=input)
+    check_dtype(rules.RMS_GAMMA_DTYPE, "gamma", gamma, input.dtype, torch.float32)
+    _check_gamma(rules.RMS_GAMMA, input, gamma)
 
 
 def rms_norm(input: Tensor, gamma: Tensor, epsilon: float = 1e-06) -> tuple[Tensor, Tensor]:
@@ -42,10 +44,10 @@ def _rms_norm_meta(input: Tensor, gamma: Tensor, epsilon: float = 1e-06) -> tupl
     return input.new_empty(input.shape), rstd
 
 
-def _check_add_rms_norm(x1: Tensor, x2: Tensor, gamma: Tensor) -> None:
-    check_float("npu_add_rms_norm", x1=x1, x2=x2, gamma=gamma)
-    check_shape("npu_add_rms_norm", "x2", x2, tuple(x1.shape))
-    _check_gamma("npu_add_rms_norm", x1, gamma)
+def _check_add_rms_norm(x1: Tensor, x2: Tensor, gamma: Tensor, epsilon: float = 1e-06) -> None:
+    check_float(rules.ADD_RMS_DTYPE, x1=x1, x2=x2, gamma=gamma)
+    check_shape(rules.ADD_RMS_SHAPE, "x2", x2, tuple(x1.shape))
+    _check_gamma(rules.ADD_RMS_GAMMA, x1, gamma)
 
 
 def add_rms_norm(
@@ -72,6 +74,6 @@ def _add_rms_norm_meta(
 
 
 KERNELS = {
-    "npu_rms_norm": Kernel(rms_norm, _rms_norm_meta),
-    "npu_add_rms_norm": Kernel(add_rms_norm, _add_rms_norm_meta),
+    "npu_rms_norm": Kernel(rms_norm, _rms_norm_meta, _check_rms_norm),
+    "npu_add_rms_norm": Kernel(add_rms_norm, _add_rms_norm_meta, _check_add_rms_norm),
 }

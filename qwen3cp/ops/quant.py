@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from qwen3cp.ops import rules
 from qwen3cp.ops.checks import Kernel, check_float, check_shape, refuse
 
 _OP = "npu_dynamic_quant"
@@ -18,10 +19,10 @@ def _check(
     quant_mode: str = "pertoken",
     dst_type_max: float = 0.0,
 ) -> Tensor | None:
-    check_float(_OP, input=input)
+    check_float(rules.QUANT_DTYPE, input=input)
     refuse(_OP, group_index=group_index)
     if input.dim() < 2:
-        raise ValueError(f"{_OP}: input must have two or more dimensions, not {input.dim()}")
+        raise rules.QUANT_RANK.broken(f"input must have two or more dimensions, not {input.dim()}")
     if dst_type not in (None, INT8):
         raise NotImplementedError(f"{_OP}: dst_type must be None or torch.int8")
     if quant_mode != "pertoken":
@@ -29,8 +30,8 @@ def _check(
     if dst_type_max != 0.0:
         raise NotImplementedError(f"{_OP}: dst_type_max is not supported")
     if smooth_scales is not None:
-        check_float(_OP, input=input, smooth_scales=smooth_scales)
-        check_shape(_OP, "smooth_scales", smooth_scales, (input.shape[-1],))
+        check_float(rules.QUANT_SMOOTH_DTYPE, input=input, smooth_scales=smooth_scales)
+        check_shape(rules.QUANT_SMOOTH, "smooth_scales", smooth_scales, (input.shape[-1],))
     return smooth_scales
 
 
@@ -56,4 +57,4 @@ def _dynamic_quant_meta(input: Tensor, **options) -> tuple[Tensor, Tensor]:
     return quantised, input.new_empty(input.shape[:-1], dtype=torch.float32)
 
 
-KERNELS = {_OP: Kernel(dynamic_quant, _dynamic_quant_meta)}
+KERNELS = {_OP: Kernel(dynamic_quant, _dynamic_quant_meta, _check)}

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from qwen3cp.ops import rules
 from qwen3cp.ops.checks import Kernel, check_float, refuse
 
 _OP = "npu_rotary_mul"
@@ -34,21 +35,24 @@ def _fits(x: Tensor, cos: Tensor, layout: str, cos_layout: str) -> bool:
     return True
 
 
-def _check(input: Tensor, r1: Tensor, r2: Tensor, rotary_mode: str, rotate: Tensor | None) -> None:
+def _check(
+    input: Tensor, r1: Tensor, r2: Tensor, rotary_mode: str = "half", rotate: Tensor | None = None
+) -> None:
     refuse(_OP, rotate=rotate)
-    check_float(_OP, input=input)
-    check_float(_OP, r1=r1)
-    check_float(_OP, r2=r2)
+    for name, tensor in (("input", input), ("r1", r1), ("r2", r2)):
+        check_float(rules.ROTARY_DTYPE, **{name: tensor})
     if rotary_mode not in _COS_SHAPES:
-        raise ValueError(f"{_OP}: rotary_mode must be 'half' or 'interleave', not {rotary_mode!r}")
+        raise rules.ROTARY_MODE.broken(
+            f"rotary_mode must be 'half' or 'interleave', not {rotary_mode!r}"
+        )
     if r1.shape != r2.shape:
-        raise ValueError(
-            f"{_OP}: r1 {tuple(r1.shape)} and r2 {tuple(r2.shape)} must have the same shape"
+        raise rules.ROTARY_COS_SIN.broken(
+            f"r1 {tuple(r1.shape)} and r2 {tuple(r2.shape)} must have the same shape"
         )
     head_dim = input.shape[-1]
     if head_dim % 2 or head_dim >= _MAX_HEAD_DIM:
-        raise ValueError(
-            f"{_OP}: the head dimension must be even and below {_MAX_HEAD_DIM}, not {head_dim}"
+        raise rules.ROTARY_HEAD_DIM.broken(
+            f"the head dimension must be even and below {_MAX_HEAD_DIM}, not {head_dim}"
         )
     allowed = _COS_SHAPES[rotary_mode]
     if not any(
@@ -56,8 +60,8 @@ def _check(input: Tensor, r1: Tensor, r2: Tensor, rotary_mode: str, rotate: Tens
         for layout, cos_layouts in allowed.items()
         for cos_layout in cos_layouts
     ):
-        raise ValueError(
-            f"{_OP}: input {tuple(input.shape)} with cos and sin {tuple(r1.shape)} is none of the "
+        raise rules.ROTARY_LAYOUT.broken(
+            f"input {tuple(input.shape)} with cos and sin {tuple(r1.shape)} is none of the "
             f"layouts of mode {rotary_mode!r}: {allowed} "
             f"(B and N below {_MAX_HEADS_OR_BATCH}, so tokens go in the place of S)"
         )
@@ -91,4 +95,4 @@ def _rotary_mul_meta(
     return input.new_empty(input.shape)
 
 
-KERNELS = {_OP: Kernel(rotary_mul, _rotary_mul_meta)}
+KERNELS = {_OP: Kernel(rotary_mul, _rotary_mul_meta, _check)}

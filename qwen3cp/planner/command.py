@@ -42,6 +42,17 @@ MOST_FORWARDS = 8
 """Of a prefill that are shown one by one, beside the last."""
 
 
+_NOT_WITH_SEARCH: dict[str, tuple[str, Any]] = {
+    "cp": ("--cp", 1),
+    "tp": ("--tp", 1),
+    "moe": ("--moe", "tp"),
+    "exchange": ("--exchange", "auto"),
+    "int8": ("--int8", "exact"),
+    "int8_kv": ("--int8-kv", False),
+    "new_tokens": ("--new-tokens", 1),
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class PlanOptions(RankOptions):
     """The arguments of `qwen3cp plan` that say what is run."""
@@ -50,6 +61,16 @@ class PlanOptions(RankOptions):
     batch: int
     chunk: int | None
     new_tokens: int
+
+    def check_for_search(self) -> None:
+        """Raises for what a search chooses itself, or has no use for."""
+        given = [
+            option
+            for name, (option, default) in _NOT_WITH_SEARCH.items()
+            if getattr(self, name) != default
+        ]
+        if given:
+            raise InputError(f"--search tries all there is: leave out {', '.join(given)}")
 
     def check(self) -> None:
         super().check()
@@ -150,18 +171,21 @@ def plan(
             raise InputError("--fit and --save-efficiencies belong to --calibrate: pass it, too")
         if model is None and (calibrate is None or search or html is not None):
             raise InputError("there is nothing to plan: pass MODEL_OR_CONFIG")
+        if search:
+            options.check_for_search()
+        for option, path in (("--html", html), ("--save-efficiencies", save_efficiencies)):
+            if path is not None and not Path(path).absolute().parent.is_dir():
+                raise InputError(f"{option} {path}: there is no such folder")
 
         from qwen3cp.planner.hardware import load_efficiencies, load_hardware
 
-        shares, document = load_efficiencies(efficiencies), {}
+        shares, machine, document = load_efficiencies(efficiencies), load_hardware(hardware), {}
         if calibrate is not None:
             shares, document["calibration"] = _calibrate(
                 calibrate, fit, shares, save_efficiencies, as_json
             )
         if model is not None:
-            document |= _plan(
-                options, load_hardware(hardware), shares, devices if search else None, html, as_json
-            )
+            document |= _plan(options, machine, shares, devices, html, as_json)
         if as_json:
             print(json.dumps(document, indent=2))
 

@@ -21,7 +21,9 @@ from torch.utils.flop_counter import flop_registry
 
 from qwen3cp.collectives import CommunicationRecord, assume_counts, record_communication
 from qwen3cp.model import CPQwen3MoeForCausalLM
-from qwen3cp.ops.attention_call import CheckedCall, check_call
+from qwen3cp.ops import check_call
+from qwen3cp.ops.attention_call import CheckedCall
+from qwen3cp.ops.attention_call import check_call as check_attention
 from qwen3cp.planner.counts import CollectiveCount, OperatorCount
 
 __all__ = ["ExpectedRouting", "OperatorCounter", "RoutedRows", "part_of_parameter", "visible_pairs"]
@@ -108,6 +110,7 @@ class OperatorCounter(TorchDispatchMode):
         model: whose parameters say what an operator is a part of.
         held: tensors that are not activations: parameters, buffers, the cache.
         expected: what is expected of the routing where its result has no values; None reads them.
+            With it every call of an NPU operator is held to the rules of `qwen3cp.ops`, too.
     """
 
     def __init__(
@@ -178,6 +181,9 @@ class OperatorCounter(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func.namespace == "npu" and self._expected is not None:
+            # torch_npu's Meta kernels, where it is installed, would let more pass
+            check_call(func, args, kwargs, npu_dtypes=self._model.dtype == torch.bfloat16)
         out = func(*args, **kwargs)
         name = func._opname
         if func.is_view or name in ALIAS:
@@ -300,7 +306,7 @@ class OperatorCounter(TorchDispatchMode):
     ) -> _Work:
         name = func._opname
         if name == FIA:
-            return self._attention(check_call(*args, **kwargs), args)
+            return self._attention(check_attention(*args, **kwargs), args)
         if name == ROUTING:
             return self._sorting(part, args, kwargs, outputs)
         if name == GROUPED:

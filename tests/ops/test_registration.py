@@ -197,9 +197,7 @@ def test_parameters_that_require_grad():
     weight = torch.nn.Parameter(torch.ones(1, 8, 4))
     rows = npu.npu_rms_norm(torch.ones(2, 8), gamma)[0]
     groups = torch.tensor([2])
-    (out,) = npu.npu_grouped_matmul(
-        [rows], [weight], group_list=groups, group_type=0, split_item=2, group_list_type=1
-    )
+    (out,) = npu.npu_grouped_matmul([rows], [weight], group_list=groups, group_type=0, split_item=2)
     torch.testing.assert_close(out.detach(), torch.full((2, 4), 8.0))
 
 

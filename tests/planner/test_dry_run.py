@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from transformers import Qwen3MoeConfig
 
 from qwen3cp import CommConfig, CPQwen3MoeForCausalLM, ParallelContext
 from qwen3cp.errors import InputError, ParallelConfigError, UnsupportedConfigError
+from qwen3cp.planner import counter
 from qwen3cp.planner.counter import visible_pairs
 from qwen3cp.planner.counts import PARTS, DryRun, RankCounts, StepCounts
 from qwen3cp.planner.dry_run import UniformRouting, dry_run
@@ -430,6 +432,34 @@ def test_what_an_npu_would_refuse_is_refused():
     assert "an NPU would refuse the prefill of 1048577 tokens after 0" in str(raised.value)
     assert "1048576" in str(raised.value)
     assert fast(config, prompt=(1 << 20) + 1, chunk=1 << 19).ranks
+
+
+def test_every_call_of_an_npu_operator_is_checked(monkeypatch):
+    """Also where torch_npu's own Meta kernels, which check little, would be called."""
+    checked: Counter = Counter()
+    check = counter.check_call
+
+    def counted(op: Any, args: Any, kwargs: Any, *, npu_dtypes: bool) -> None:
+        assert npu_dtypes
+        check(op, args, kwargs, npu_dtypes=npu_dtypes)
+        checked[f"npu.{op._opname}"] += 1
+
+    monkeypatch.setattr(counter, "check_call", counted)
+    comm = CommConfig(all_reduce="int8_two_step", kv_gather="int8", exchange="all_to_all")
+    run = dry_run(small(), cp_size=2, tp_size=2, moe="ep", comm=comm, prompt=64, ranks="busiest")
+    called: Counter = Counter()
+    for step in run.ranks[0].steps:
+        for x in step.operators:
+            if x.name.startswith("npu."):
+                called[x.name] += x.total_calls
+    assert checked == called and len(called) == 11
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise TypeError("npu_swiglu: not today [a page]")
+
+    monkeypatch.setattr(counter, "check_call", refuse)
+    with pytest.raises(InputError, match="an NPU would refuse the prefill of 64 tokens after 0"):
+        fast(small(), prompt=64)
 
 
 def test_nothing_is_left_behind(monkeypatch):
