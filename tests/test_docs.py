@@ -99,6 +99,20 @@ def test_command(command, tmp_path, monkeypatch, capfd):
         stdout, stderr = capfd.readouterr()
         assert (ended.value.code or 0) == 0, stderr
         assert stdout.startswith(f"{words[2]} is whole: " if words[1] == "check" else words[3])
+    elif words[:2] == ["qwen3cp", "plan"]:
+        page = None
+        if "--html" in words:
+            place = words.index("--html") + 1
+            assert words[place].startswith("/tmp/")
+            page = Path(words[place]).name
+            words[place] = str(tmp_path / page)
+        monkeypatch.setattr(sys, "argv", words)
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        stdout, stderr = capfd.readouterr()
+        assert (ended.value.code or 0) == 0, stderr
+        assert "predicted" in stdout
+        assert page is None or (tmp_path / page).read_text().startswith("<!doctype html>")
     elif words[0] == "torchrun":  # made for 8 NPUs: here 2 CPU ranks, and the bundled checkpoint
         assert words[1:6] == ["--nproc-per-node", "8", "-m", "qwen3cp.cli", "generate"]
         assert words[7:11] == ["--cp", "2", "--tp", "4"]
@@ -354,6 +368,41 @@ def test_accuracy_of_int8_communication_is_what_was_measured(monkeypatch):
     ]
 
 
+def test_planning_is_what_was_predicted(monkeypatch):
+    """The tables are those of the results; and some cells are predicted again."""
+    folder = ROOT / "docs" / "benchmarks"
+    monkeypatch.syspath_prepend(str(folder))
+    module = importlib.import_module("planning")
+    results = json.loads((folder / "planning.json").read_text())
+    text = (ROOT / "docs" / "planning.md").read_text()
+    for name, table in module.tables(results).items():
+        assert f"\n\n{table}\n\n" in text, name
+    for name, sentence in module.sentences(results).items():
+        assert sentence in text, name
+    for name, devices, prompt in (("30B", 8, "128k"), ("30B", 4, "1M"), ("235B", 16, "128k")):
+        cells = [
+            row
+            for row in results["cells"]
+            if (row["model"], row["prompt"]) == (name, module.PROMPTS[prompt])
+            and row["cp_size"] * row["tp_size"] == devices
+        ]
+        for row in (min(cells, key=lambda row: row.get("ttft", 1e9)), cells[0]):
+            sizes = {n: row[n] for n in ("cp_size", "tp_size", "moe")}
+            again = module.cell(name, module.Layout(**sizes), row["prompt"], {})
+            assert same(again, row)
+    assert same(module.int8_gain(), results["int8_gain"])
+    assert results["efficiencies"] == module.Efficiencies().to_dict()
+
+
+def same(one: object, other: object) -> bool:
+    """Whether two documents hold the same, numbers within rounding."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(same(one[k], other[k]) for k in one)
+    if isinstance(one, float) and isinstance(other, float):
+        return one == pytest.approx(other, rel=1e-6)
+    return one == other
+
+
 def test_what_the_check_exchanges():
     assert len(plan([13], [0], 0).digest) + 1 == 17  # and the status
 
@@ -426,7 +475,7 @@ def test_calls_of_a_layer_come_in_that_order(monkeypatch):
     ]
 
 
-@pytest.mark.parametrize("name", ["zigzag", "int8_all_reduce"])
+@pytest.mark.parametrize("name", ["zigzag", "int8_all_reduce", "planning_curves", "planning_split"])
 def test_the_figure_is_what_its_script_draws(tmp_path, monkeypatch, name):
     script = ROOT / "docs" / "figures" / f"{name}.py"
     drawn = tmp_path / f"{name}.svg"

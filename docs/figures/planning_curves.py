@@ -20,11 +20,12 @@ LENGTHS = [2**n for n in range(10, 21, 2)]
 
 
 def main(output: Path) -> None:
+    matplotlib.rcdefaults()
+    matplotlib.rcParams.update({"svg.hashsalt": "planning_curves", "svg.fonttype": "none"})
     config = known_config("Qwen/Qwen3-30B-A3B")
     assert config is not None
     run = dry_run(config, prompt=LENGTHS[-2], tp_size=8, layers="distinct", ranks="busiest")
     curves, crossovers = compare(config, HARDWARE["a3"], run=run, lengths=LENGTHS)
-    matplotlib.rcParams.update({"svg.hashsalt": "planning_curves", "svg.fonttype": "none"})
     figure = draw_curves(curves, crossovers)
     figure.savefig(output, metadata={"Date": None, "Creator": None})
 

@@ -18,6 +18,8 @@ from qwen3cp.planner.models import known_config
 
 
 def main(output: Path) -> None:
+    matplotlib.rcdefaults()
+    matplotlib.rcParams.update({"svg.hashsalt": "planning_split", "svg.fonttype": "none"})
     config = known_config("Qwen/Qwen3-235B-A22B")
     assert config is not None
     predictions = {}
@@ -33,7 +35,6 @@ def main(output: Path) -> None:
             ranks="busiest",
         )
         predictions[f"CP {cp} x TP {tp}"] = predict(run, HARDWARE["a3"])
-    matplotlib.rcParams.update({"svg.hashsalt": "planning_split", "svg.fonttype": "none"})
     figure = draw_split(predictions)
     figure.savefig(output, metadata={"Date": None, "Creator": None})
 
