@@ -28,6 +28,7 @@ from qwen3cp.collectives import all_reduce_bytes
 from qwen3cp.config import OPERATORS
 from qwen3cp.ops import RULES, SCHEMAS
 from qwen3cp.parallel import AllReduceForm
+from qwen3cp.planner.dry_run import dry_run
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -99,6 +100,14 @@ def test_command(command, tmp_path, monkeypatch, capfd):
         stdout, stderr = capfd.readouterr()
         assert (ended.value.code or 0) == 0, stderr
         assert stdout.startswith(f"{words[2]} is whole: " if words[1] == "check" else words[3])
+    elif words[:2] == ["qwen3cp", "plan"]:
+        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+        monkeypatch.setattr(sys, "argv", words)
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        stdout, stderr = capfd.readouterr()
+        assert (ended.value.code or 0) == 0, stderr
+        assert "fits on a3: rank " in stdout
     elif words[0] == "torchrun":  # made for 8 NPUs: here 2 CPU ranks, and the bundled checkpoint
         assert words[1:6] == ["--nproc-per-node", "8", "-m", "qwen3cp.cli", "generate"]
         assert words[7:11] == ["--cp", "2", "--tp", "4"]
@@ -352,6 +361,24 @@ def test_accuracy_of_int8_communication_is_what_was_measured(monkeypatch):
         for topology, settings in module.SETTINGS.items()
         for name in ("exact", *settings)
     ]
+
+
+def test_numbers_of_the_dry_run(monkeypatch):
+    """The page shows what was measured; the plans are made again."""
+    folder = ROOT / "docs" / "benchmarks"
+    monkeypatch.syspath_prepend(str(folder))
+    module = importlib.import_module("dry_run")
+    results = json.loads((folder / "dry_run.json").read_text())
+    text = (ROOT / "docs" / "dry-run.md").read_text()
+    assert module.measured_table(results["measured"]) in text
+    assert module.plans_table(results["plans"]) in text
+    chosen = [0, 6, -2]
+    assert [module.plan(*module.PLANS[i]) for i in chosen] == [results["plans"][i] for i in chosen]
+    assert f"{results['plans'][0]['usable_bytes'] / 2**30:.1f} are counted as usable" in text
+    config = module.random_config()
+    parameters = dry_run(config, prompt=1, decode=False).num_parameters
+    size = f"{parameters / 1e6:.0f} M parameters"
+    assert size in text and size in module.__doc__
 
 
 def test_what_the_check_exchanges():
