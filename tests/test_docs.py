@@ -28,6 +28,7 @@ from qwen3cp.collectives import all_reduce_bytes
 from qwen3cp.config import OPERATORS
 from qwen3cp.ops import RULES, SCHEMAS
 from qwen3cp.parallel import AllReduceForm
+from qwen3cp.planner.dry_run import dry_run
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -106,6 +107,7 @@ def test_command(command, tmp_path, monkeypatch, capfd):
             assert words[place].startswith("/tmp/")
             page = Path(words[place]).name
             words[place] = str(tmp_path / page)
+        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
         monkeypatch.setattr(sys, "argv", words)
         with pytest.raises(SystemExit) as ended:
             cli.main()
@@ -401,6 +403,24 @@ def same(one: object, other: object) -> bool:
     if isinstance(one, float) and isinstance(other, float):
         return one == pytest.approx(other, rel=1e-6)
     return one == other
+
+
+def test_numbers_of_the_dry_run(monkeypatch):
+    """The page shows what was measured; the plans are made again."""
+    folder = ROOT / "docs" / "benchmarks"
+    monkeypatch.syspath_prepend(str(folder))
+    module = importlib.import_module("dry_run")
+    results = json.loads((folder / "dry_run.json").read_text())
+    text = (ROOT / "docs" / "dry-run.md").read_text()
+    assert module.measured_table(results["measured"]) in text
+    assert module.plans_table(results["plans"]) in text
+    chosen = [0, 6, -2]
+    assert [module.plan(*module.PLANS[i]) for i in chosen] == [results["plans"][i] for i in chosen]
+    assert f"{results['plans'][0]['usable_bytes'] / 2**30:.1f} are counted as usable" in text
+    config = module.random_config()
+    parameters = dry_run(config, prompt=1, decode=False).num_parameters
+    size = f"{parameters / 1e6:.0f} M parameters"
+    assert size in text and size in module.__doc__
 
 
 def test_what_the_check_exchanges():
