@@ -36,6 +36,7 @@ from qwen3cp.eval.statistics import (
 )
 from qwen3cp.ops import RULES, SCHEMAS
 from qwen3cp.parallel import AllReduceForm
+from qwen3cp.planner.dry_run import dry_run
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -95,6 +96,17 @@ def test_command(command, tmp_path, monkeypatch, capfd):
             words[3] = str(tmp_path / "out")
         stdout = stdout_of(words, monkeypatch, capfd)
         assert stdout.startswith(f"{words[2]} is whole: " if words[1] == "check" else words[3])
+    elif words[:2] == ["qwen3cp", "plan"]:
+        page = None
+        if "--html" in words:
+            place = words.index("--html") + 1
+            assert words[place].startswith("/tmp/")
+            page = Path(words[place]).name
+            words[place] = str(tmp_path / page)
+        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+        stdout = stdout_of(words, monkeypatch, capfd)
+        assert "predicted" in stdout
+        assert page is None or (tmp_path / page).read_text().startswith("<!doctype html>")
     elif words[:2] == ["qwen3cp", "bench"]:
         stdout = stdout_of(words, monkeypatch, capfd)
         shown = "transformers bfloat16" if "--against" in words else "cp=2 tp=1 bfloat16"
@@ -485,6 +497,59 @@ def test_what_gsm8k_can_tell():
         assert f"{low:+.2f} to {high:+.2f}" in text
 
 
+def test_planning_is_what_was_predicted(monkeypatch):
+    """The tables are those of the results; and some cells are predicted again."""
+    folder = ROOT / "docs" / "benchmarks"
+    monkeypatch.syspath_prepend(str(folder))
+    module = importlib.import_module("planning")
+    results = json.loads((folder / "planning.json").read_text())
+    text = (ROOT / "docs" / "planning.md").read_text()
+    for name, table in module.tables(results).items():
+        assert f"\n\n{table}\n\n" in text, name
+    for name, sentence in module.sentences(results).items():
+        assert sentence in text, name
+    for name, devices, prompt in (("30B", 8, "128k"), ("30B", 4, "1M"), ("235B", 16, "128k")):
+        cells = [
+            row
+            for row in results["cells"]
+            if (row["model"], row["prompt"]) == (name, module.PROMPTS[prompt])
+            and row["cp_size"] * row["tp_size"] == devices
+        ]
+        for row in (min(cells, key=lambda row: row.get("ttft", 1e9)), cells[0]):
+            sizes = {n: row[n] for n in ("cp_size", "tp_size", "moe")}
+            again = module.cell(name, module.Layout(**sizes), row["prompt"], {})
+            assert same(again, row)
+    assert same(module.int8_gain(), results["int8_gain"])
+    assert results["efficiencies"] == module.Efficiencies().to_dict()
+
+
+def same(one: object, other: object) -> bool:
+    """Whether two documents hold the same, numbers within rounding."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(same(one[k], other[k]) for k in one)
+    if isinstance(one, float) and isinstance(other, float):
+        return one == pytest.approx(other, rel=1e-6)
+    return one == other
+
+
+def test_numbers_of_the_dry_run(monkeypatch):
+    """The page shows what was measured; the plans are made again."""
+    folder = ROOT / "docs" / "benchmarks"
+    monkeypatch.syspath_prepend(str(folder))
+    module = importlib.import_module("dry_run")
+    results = json.loads((folder / "dry_run.json").read_text())
+    text = (ROOT / "docs" / "dry-run.md").read_text()
+    assert module.measured_table(results["measured"]) in text
+    assert module.plans_table(results["plans"]) in text
+    chosen = [0, 6, -2]
+    assert [module.plan(*module.PLANS[i]) for i in chosen] == [results["plans"][i] for i in chosen]
+    assert f"{results['plans'][0]['usable_bytes'] / 2**30:.1f} are counted as usable" in text
+    config = module.random_config()
+    parameters = dry_run(config, prompt=1, decode=False).num_parameters
+    size = f"{parameters / 1e6:.0f} M parameters"
+    assert size in text and size in module.__doc__
+
+
 def test_what_the_check_exchanges():
     assert len(plan([13], [0], 0).digest) + 1 == 17  # and the status
 
@@ -557,7 +622,7 @@ def test_calls_of_a_layer_come_in_that_order(monkeypatch):
     ]
 
 
-@pytest.mark.parametrize("name", ["zigzag", "int8_all_reduce"])
+@pytest.mark.parametrize("name", ["zigzag", "int8_all_reduce", "planning_curves", "planning_split"])
 def test_the_figure_is_what_its_script_draws(tmp_path, monkeypatch, name):
     script = ROOT / "docs" / "figures" / f"{name}.py"
     drawn = tmp_path / f"{name}.svg"

@@ -58,7 +58,9 @@ def cell(name: str, layout: Layout, prompt: int, models: dict) -> Row:
     illegal = why_illegal(config_of(name), topology)
     if illegal is not None:
         return {**row, "refused": illegal}
-    for chunk in [prompt, *(c for c in CHUNKS if c < prompt)]:
+    sizes = [prompt, *(c for c in CHUNKS if c < prompt)]
+    while sizes:
+        chunk = sizes.pop(0)
         run = dry_run(
             config_of(name),
             prompt=prompt,
@@ -72,8 +74,10 @@ def cell(name: str, layout: Layout, prompt: int, models: dict) -> Row:
             models=models,
         )
         room = fit(run, A3)
-        if room.fits or room.needed_bytes - room.peak_activation_bytes > room.usable_bytes:
+        if room.fits:
             break
+        if room.needed_bytes - room.peak_activation_bytes > room.usable_bytes:
+            sizes = sizes[-1:]  # no chunk is small enough: say what the smallest needs
     if not room.fits:
         return {**row, "chunk": chunk, "gib": room.needed_bytes / GIB, "refused": room.reason}
     prediction = predict(run, A3)
@@ -232,8 +236,8 @@ def times_table(results: Mapping[str, Any], model: str) -> str:
 def scaling_table(results: Mapping[str, Any], model: str) -> str:
     """CP 1 to 32 and TP 1 to 32 at 128k: seconds, and MiB that a rank receives in a layer."""
     lines = [
-        "| dies | CP n x TP 1 | CP n/4 x TP 4 | CP 1 x TP n | "
-        "MiB a layer: CP n x TP 1 | CP n/4 x TP 4 | CP 1 x TP n |",
+        "| dies, n | CP n x TP 1, s | CP n/4 x TP 4, s | CP 1 x TP n, s | "
+        "CP n x TP 1, MiB | CP n/4 x TP 4, MiB | CP 1 x TP n, MiB |",
         "|---|---|---|---|---|---|---|",
     ]
     for devices in (1, 2, *DEVICES):
@@ -328,6 +332,24 @@ def points_table(results: Mapping[str, Any], kind: str) -> str:
     return "\n".join(lines)
 
 
+def efficiencies_table(results: Mapping[str, Any]) -> str:
+    lines = ["| efficiency | default | of what |", "|---|---|---|"]
+    for name, value in results["efficiencies"].items():
+        lines.append(f"| `{name}` | {value:g} | {Efficiencies.unit(name)} |")
+    return "\n".join(lines)
+
+
+def sentences(results: Mapping[str, Any]) -> dict[str, str]:
+    """Numbers in the text of the page."""
+    gain = results["int8_gain"]
+    return {
+        "fitted": f"({results['published']['fitted_attention']:.3f} instead of "
+        f"{results['efficiencies']['attention']:g})",
+        "gain": f"give {gain['gain']:+.1%}; with one pass over every tensor, as a fused operator "
+        f"makes, {gain['gain_fewer_passes']:+.1%}",
+    }
+
+
 def tables(results: Mapping[str, Any]) -> dict[str, str]:
     """All of the page, by name."""
     kinds = ("bfloat16", "assumed", "w8a8", "tpot")
@@ -337,6 +359,7 @@ def tables(results: Mapping[str, Any]) -> dict[str, str]:
         **{f"scaling, {model}": scaling_table(results, model) for model in MODELS},
         "split": split_table(results, "235B", 16, "128k"),
         "room": room_table(results),
+        "efficiencies": efficiencies_table(results),
     }
 
 

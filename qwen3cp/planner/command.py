@@ -49,7 +49,6 @@ _NOT_WITH_SEARCH: dict[str, tuple[str, Any]] = {
     "exchange": ("--exchange", "auto"),
     "int8": ("--int8", "exact"),
     "int8_kv": ("--int8-kv", False),
-    "new_tokens": ("--new-tokens", 1),
 }
 
 
@@ -229,6 +228,7 @@ def _plan(
             comm=options.comm(),
             chunks=None if options.chunk is None else [options.chunk],
             progress=_progress,
+            new_tokens=options.new_tokens,
             **workload,
         )
         document["search"] = result.to_dict()

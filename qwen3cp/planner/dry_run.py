@@ -266,9 +266,7 @@ def _fake_rank(rank: int, topology: Topology) -> Iterator[ParallelContext]:
     # here, since importing it registers a backend
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    dist.init_process_group(
-        dist.Backend.FAKE, store=FakeStore(), rank=rank, world_size=topology.world_size
-    )
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=topology.world_size)
     try:
         yield ParallelContext.from_world(
             topology.cp_size, topology.tp_size, moe=topology.moe, comm=topology.comm

@@ -164,7 +164,7 @@ def _notice(errors: Seq[PointError]) -> str:
     return (
         "Nothing here has run on an NPU. With these efficiencies the time to first token of the "
         f"published points in bfloat16 comes out at {' and '.join(parts)}. Times of a token "
-        "after the prompt are a floor: published ones are up to ten times as long."
+        "after the prompt are a floor: published ones are ten times as long and more."
     )
 
 

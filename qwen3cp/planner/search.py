@@ -239,7 +239,9 @@ class SearchResult:
         return table
 
     def _crossovers(self) -> Table:
-        table = Table(title="the best topology by prompt length", title_justify="left")
+        table = Table(
+            title="the best topology by prompt length", title_justify="left", min_width=44
+        )
         table.add_column("from tokens", justify="right")
         table.add_column("best")
         if self.crossovers:
@@ -315,6 +317,7 @@ class _Workload:
     efficiencies: Efficiencies
     model: str
     batch: int
+    new_tokens: int
     dtype: torch.dtype
     count: Callable[..., DryRun]
     models: dict[Any, Any] = field(default_factory=dict)
@@ -331,6 +334,7 @@ class _Workload:
             dtype=self.dtype,
             prompt=prompt,
             batch=self.batch,
+            new_tokens=self.new_tokens,
             chunk=candidate.chunk,
             decode=decode,
             ranks="busiest",
@@ -356,6 +360,7 @@ def search(
     devices: int,
     prompt: int,
     batch: int = 1,
+    new_tokens: int = 1,
     dtype: torch.dtype = torch.bfloat16,
     model: str = "",
     chunks: Seq[int] | None = None,
@@ -367,6 +372,7 @@ def search(
     """Ranks every legal candidate of one replica over all devices, by time to first token.
 
     Args:
+        new_tokens: tokens after the prompt that the cache has room for.
         chunks: tokens of a forward to try beside the whole prompt; None is `CHUNKS`.
         comm: what is not searched: skip_layers, min_bytes, group_size, check_plan.
         lengths: of prompts, between which crossovers are looked for; None is `LENGTHS`.
@@ -376,7 +382,8 @@ def search(
     Raises:
         InputError: a number that is not positive.
     """
-    for name, value in (("devices", devices), ("prompt", prompt), ("batch", batch)):
+    numbers = {"devices": devices, "prompt": prompt, "batch": batch, "new_tokens": new_tokens}
+    for name, value in numbers.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise InputError(f"{name} must be a positive integer, got {value!r}")
     if chunks is not None and not all(isinstance(c, int) and c > 0 for c in chunks):
@@ -388,6 +395,7 @@ def search(
         efficiencies=efficiencies,
         model=model,
         batch=batch,
+        new_tokens=new_tokens,
         dtype=dtype,
         count=count or dry_run,
     )
@@ -443,6 +451,7 @@ def compare(
         efficiencies=efficiencies or Efficiencies(),
         model=run.model,
         batch=run.batch,
+        new_tokens=run.new_tokens,
         dtype=getattr(torch, run.dtype),
         count=count or dry_run,
     )
