@@ -10,7 +10,6 @@ as its slowest rank.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -281,16 +280,6 @@ class _Clock:
         rate = link.rate(count.group_size) * self.efficiencies.link(kind)
         seconds = count.bytes / rate + link.latency_seconds
         return "collectives", seconds, self.efficiencies.launch_collective_us * 1e-6
-
-
-def collective_bytes(steps: Iterable[StepCounts]) -> Mapping[str, Mapping[int, int]]:
-    """Bytes that a rank receives in the layers, by kind and layer."""
-    found: dict[str, dict[int, int]] = defaultdict(lambda: defaultdict(int))
-    for step in steps:
-        for collective in step.collectives:
-            for layer in collective.layers:
-                found[collective.kind][layer] += collective.bytes * collective.calls
-    return found
 
 
 def _gib(num_bytes: int) -> str:
