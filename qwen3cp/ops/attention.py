@@ -5,6 +5,7 @@ D head dim, Dv head dim of the values.
 """
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -21,9 +22,9 @@ _MASKED_SCORE = torch.finfo(torch.float32).min
 _FEW_ROWS = 64
 _FEW_KEYS = 256
 # Rows (of all G heads) of a block: enough for a good product, few enough that causal rows skip most
-# of the keys they cannot see, and that the scores of a block stay in a cache near the core.
-_BLOCK_ROWS = {torch.float32: 128, torch.bfloat16: 256}
-_MAX_SCORES = 1 << 22
+# of the keys they cannot see. Between the two, so many that the scores of a block take this much.
+_MIN_BLOCK_ROWS, _MAX_BLOCK_ROWS = 128, 256
+_BLOCK_BYTES = 1 << 22
 
 
 def fused_infer_attention_score(
@@ -159,7 +160,9 @@ def _attend_in_blocks(
     group = call.num_heads // num_kv_heads
     low, high = call.visible(request)
     dtype = torch.float32 if settings.float32_scores else settings.product_dtype(query.dtype)
-    block_rows = max(1, min(_BLOCK_ROWS[dtype], _MAX_SCORES // num_keys) // group)
+    block_rows = _BLOCK_BYTES // (dtype.itemsize * num_keys)
+    block_rows = min(max(block_rows, _MIN_BLOCK_ROWS), _MAX_BLOCK_ROWS)
+    block_rows = max(1, block_rows // group)
     buffer = query.new_empty(block_rows * group * num_keys, dtype=dtype)
     for head in range(num_kv_heads):
         heads = slice(head * group, (head + 1) * group)
@@ -225,11 +228,12 @@ def _masked(call: CheckedCall, request: int, rows: range, keys: range) -> Tensor
     """(rows, keys), true where a row may not see a key; None if all may see all."""
     masked = None
     low, high = call.visible(request)
-    device = None if call.mask is None else call.mask.device
-    if rows.stop - 1 + low > keys.start or rows.start + high < keys.stop - 1:
-        row = torch.arange(rows.start, rows.stop, device=device).unsqueeze(1)
-        distance = torch.arange(keys.start, keys.stop, device=device) - row
-        masked = (distance < low) | (distance > high)
+    all_masked = partial(torch.ones, len(rows), len(keys), dtype=torch.bool)
+    if rows.start + high < keys.stop - 1:
+        masked = all_masked().triu_(rows.start - keys.start + high + 1)
+    if rows.stop - 1 + low > keys.start:
+        below = all_masked().tril_(rows.start - keys.start + low - 1)
+        masked = below if masked is None else masked | below
     if call.mask is not None:
         mask = call.mask[request if call.mask.shape[0] > 1 else 0]
         mask = mask[rows.start : rows.stop, keys.start : keys.stop]

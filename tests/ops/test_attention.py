@@ -294,8 +294,8 @@ def through(path):
     """Send small cases through the kernel's path for large ones, in several blocks, or not."""
     if path == "at once":
         return nullcontext()
-    rows = dict.fromkeys(DTYPES, 4)
-    return patch.multiple(attention, _FEW_ROWS=0, _FEW_KEYS=0, _BLOCK_ROWS=rows)
+    rows = {"_MIN_BLOCK_ROWS": 4, "_MAX_BLOCK_ROWS": 4}
+    return patch.multiple(attention, _FEW_ROWS=0, _FEW_KEYS=0, **rows)
 
 
 PATHS = pytest.mark.parametrize("path", ["at once", "in blocks"])
