@@ -160,7 +160,7 @@ def table(rows: list[dict[str, Any]]) -> str:
                 f"{100 * row['difference']:+.2f} ({low:+.2f} to {high:+.2f})",
                 f"{row['p_value']:.2g}",
             ]
-        lines.append(f"| {' | '.join(cells)} |".replace("|  |", "| |"))
+        lines.append("|" + "|".join(f" {cell} " if cell else " " for cell in cells) + "|")
     return "\n".join(lines)
 
 
