@@ -6,7 +6,7 @@ import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -119,7 +119,8 @@ class Mailbox:
     def send(self, value: Any) -> None:
         """Collective over the replica, of which one rank sends. The first rank's own does not."""
         if self._ranks.dp_rank > 0 and self._ranks.speaks_for_replica:
-            self._store.set(f"{self._ranks.dp_rank}/{self._num_sent}", pickle.dumps(value))
+            key = f"{self._ranks.dp_rank}/{self._num_sent}"
+            cast(Any, self._store).set(key, pickle.dumps(value))  # bytes, which its stub denies
             self._num_sent += 1
 
     def take(self) -> Iterator[Any]:

@@ -547,7 +547,7 @@ def test_numbers_of_the_dry_run(monkeypatch):
     config = module.random_config()
     parameters = dry_run(config, prompt=1, decode=False).num_parameters
     size = f"{parameters / 1e6:.0f} M parameters"
-    assert size in text and size in module.__doc__
+    assert size in text and size in str(module.__doc__)
 
 
 def test_what_the_check_exchanges():

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 ROOT = Path(__file__).parents[2]
 CHECKPOINT = "tests/assets/tiny-qwen3-moe"
@@ -43,7 +43,9 @@ def measure(way: str, limit: int, num_fewshot: int) -> dict[str, Any]:
 
     torch.set_num_threads(1)
     if way == "hf":
-        model = HFLM(pretrained=CHECKPOINT, dtype="float32", device="cpu", batch_size=8)
+        model: Any = cast(Any, HFLM)(
+            pretrained=CHECKPOINT, dtype="float32", device="cpu", batch_size=8
+        )
     else:
         model = CPQwen3LM(CHECKPOINT, dtype="float32")
     times = {}
@@ -57,7 +59,7 @@ def measure(way: str, limit: int, num_fewshot: int) -> dict[str, Any]:
         return answers
 
     model.generate_until = timed
-    results: Any = simple_evaluate(
+    results = cast(Any, simple_evaluate)(
         model=model,
         tasks=["word_problems"],
         limit=limit,
@@ -71,7 +73,7 @@ def measure(way: str, limit: int, num_fewshot: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--limit", type=int, default=200, help="documents")
     parser.add_argument("--num-fewshot", type=int, default=0)
     parser.add_argument("--repeats", type=int, default=3)

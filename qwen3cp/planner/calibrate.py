@@ -37,6 +37,7 @@ import torch
 from rich.table import Table
 
 from qwen3cp.errors import InputError, Qwen3CPError
+from qwen3cp.options import moe_form
 from qwen3cp.parallel import CommConfig
 from qwen3cp.planner.cost import predict
 from qwen3cp.planner.counts import DryRun
@@ -232,7 +233,7 @@ def run_point(point: Point) -> DryRun:
         model=point.model,
         cp_size=point.cp,
         tp_size=point.tp,
-        moe=point.moe,
+        moe=moe_form(point.moe),
         comm=point.comm,
         dtype=getattr(torch, point.dtype),
         prompt=point.prompt,

@@ -228,7 +228,7 @@ class _Clock:
 
     def time(self, step: StepCounts) -> tuple[dict[str, float], float]:
         """Seconds of each of `SPLIT` on this rank, and those that are hidden."""
-        split = dict.fromkeys(SPLIT, 0.0)
+        split: dict[str, float] = dict.fromkeys(SPLIT, 0.0)
         beside: dict[tuple[str, int], float] = defaultdict(float)
         for operator in step.operators:
             category, work, launch = self.operator(operator)

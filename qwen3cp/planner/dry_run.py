@@ -310,8 +310,9 @@ def _empty_model(
     config.num_hidden_layers = len(kinds)
     model = build_empty(CPQwen3MoeForCausalLM, config, ctx, dtype, META)
     model.tie_weights()
-    models[key] = nn.Module.to(model, META)  # buffers
-    return models[key]
+    nn.Module.to(model, META)  # buffers, in place
+    models[key] = model
+    return model
 
 
 def _kinds_of_layers(

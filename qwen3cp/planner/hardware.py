@@ -249,9 +249,9 @@ def _hardware(
         sources = below["sources"] | dict(values.get("sources", {}))
         values = below | values | {"sources": sources}
     values["name"] = name
-    fields = dataclasses.fields(Hardware)
-    unknown = sorted(set(values) - {f.name for f in fields})
-    missing = sorted({f.name for f in fields} - set(values) - {"sources"})
+    known_fields = {f.name for f in dataclasses.fields(Hardware)}
+    unknown = sorted(set(values) - known_fields)
+    missing = sorted(known_fields - set(values) - {"sources"})
     if unknown or missing:
         raise InputError(
             f"{what}: "
@@ -285,7 +285,8 @@ def _hardware(
     needed |= {"node"} if values["devices_per_node"] > values["devices_per_package"] else set()
     if not needed <= set(links) <= set(LINK_KINDS):
         raise InputError(f"{what}: links must be {', '.join(sorted(needed))}, got {sorted(links)}")
-    return Hardware(**values | {"links": links})
+    fields: dict[str, Any] = values | {"links": links}
+    return Hardware(**fields)
 
 
 @functools.cache

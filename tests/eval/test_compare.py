@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from hypothesis import given
@@ -104,7 +104,7 @@ def write_run(
     (more / "choice.yaml").write_text(CHOICE)
     (more / "rolling.yaml").write_text(ROLLING)
     tracker = EvaluationTracker(output_path=str(folder))
-    results: Any = simple_evaluate(
+    results = cast(Any, simple_evaluate)(
         model=Told(answer),
         model_args=f"pretrained={CHECKPOINT}",
         tasks=[task],

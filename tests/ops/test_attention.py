@@ -294,7 +294,7 @@ def through(path):
     """Send small cases through the kernel's path for large ones, in several blocks, or not."""
     if path == "at once":
         return nullcontext()
-    rows = {"_MIN_BLOCK_ROWS": 4, "_MAX_BLOCK_ROWS": 4}
+    rows: Any = {"_MIN_BLOCK_ROWS": 4, "_MAX_BLOCK_ROWS": 4}
     return patch.multiple(attention, _FEW_ROWS=0, _FEW_KEYS=0, **rows)
 
 
@@ -416,7 +416,7 @@ def test_default_error_is_that_of_transformers_eager_attention(cached, bfloat16_
     tensors, options = packed_call([rows], [cached + rows], dim=128, dtype=torch.bfloat16)
     keep = torch.ones(rows, cached + rows, dtype=torch.bool).tril(cached)
     truth, truth_lse = whole(*tensors, keep, options["scale"])
-    module = torch.nn.Module().eval()
+    module: Any = torch.nn.Module().eval()
     module.num_key_value_groups = 2
     query, key, value = (x.transpose(0, 1)[None] for x in tensors)
     bias = torch.zeros(keep.shape).masked_fill_(~keep, -1e30).bfloat16()

@@ -1,5 +1,7 @@
 """Products in the dtype that a CPU is quick at, and kernels that work in blocks of rows."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -18,7 +20,7 @@ def test_products_are_rounded_once(rows, dtype, bfloat16_products, has_bias):
     x = torch.randn(rows, 70).to(dtype)
     truth = x.double() @ layer.weight.double().t()
     out = x.new_empty(rows, 50)
-    tolerance = {"rtol": 1e-5, "atol": 1e-5}
+    tolerance: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5}
     if dtype == torch.bfloat16:  # half a step of rounding, and float32 sums near a tie
         tolerance = {"rtol": ONE_BFLOAT16_STEP / 2 * 1.01, "atol": 1e-5}
     with torch.no_grad(), settings.override(bfloat16_products=bfloat16_products):

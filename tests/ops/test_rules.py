@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -132,7 +133,8 @@ def test_what_only_data_can_break(name):
     rule = RULES[name]
     call, where, value = DATA[name]
     args, kwargs = on("cpu", call)
-    (kwargs if isinstance(where, str) else args)[where].fill_(value)
+    arguments: Any = kwargs if isinstance(where, str) else args
+    arguments[where].fill_(value)
     error = refusal(operator(rule.op), (args, kwargs))
     assert type(error) is rule.error and str(error).endswith(f"[{rule.source}]")
     operator(rule.op)(*call[0], **call[1])

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Any
+from typing import Any, cast
 
 from transformers import Qwen3MoeConfig
 
 from qwen3cp.parallel import CommConfig
 from qwen3cp.planner.counts import CollectiveCount, DryRun, OperatorCount, RankCounts, StepCounts
 
-SMALL = Qwen3MoeConfig(
+SMALL: Qwen3MoeConfig = cast(Any, Qwen3MoeConfig)(
     vocab_size=640,
     hidden_size=256,
     intermediate_size=512,

@@ -7,6 +7,7 @@ import builtins
 import dataclasses
 import json
 from functools import cache
+from typing import Any, cast
 
 import pytest
 from hypothesis import given, settings
@@ -33,7 +34,7 @@ WHERE = [(1, 4, 2048), (1, 4, 131072), (2, 2, 32768), (4, 1, 8192), (2, 4, 26214
 def points_of(truth: Efficiencies, noise: float = 0.0) -> list[Point]:
     made = []
     for i, (cp, tp, prompt) in enumerate(WHERE):
-        shape = dict(model=MODEL, hardware="a3", cp=cp, tp=tp, prompt=prompt)
+        shape: dict[str, Any] = dict(model=MODEL, hardware="a3", cp=cp, tp=tp, prompt=prompt)
         run = runs()[i]
         found = predict(run, HARDWARE["a3"], truth)
         factor = 1 + noise * (-1) ** i
@@ -192,7 +193,7 @@ def test_json_and_csv_hold_the_same(tmp_path):
     (tmp_path / "points.csv").write_text("\n".join(lines) + "\n")
     from_json = read_points(tmp_path / "points.json")
     assert from_json == read_points(str(tmp_path / "points.csv"))
-    assert from_json == [Point(**row) for row in rows]
+    assert from_json == [Point(**cast(dict[str, Any], row)) for row in rows]
     assert from_json[1].comm.kv_gather == "int8"
     assert from_json[0].title == "Qwen3-30B-A3B, a3, CP 2 x TP 2, 4,096 tokens"
 

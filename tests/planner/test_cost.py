@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -242,7 +243,7 @@ def test_a_higher_share_never_takes_longer(data):
 @pytest.mark.parametrize(("cp", "tp"), [(1, 2), (2, 1), (2, 2)])
 def test_trends_of_dry_runs(cp, tp):
     """Longer prompts take longer, a further cached token does too, and chunks change no FLOPs."""
-    settings = dict(cp_size=cp, tp_size=tp, layers="distinct", ranks="busiest")
+    settings: dict[str, Any] = dict(cp_size=cp, tp_size=tp, layers="distinct", ranks="busiest")
     times = []
     for prompt in (100, 1000, 10_000, 100_000):
         prediction = predict(dry_run(SMALL, prompt=prompt, **settings), A3)
@@ -279,7 +280,9 @@ def test_int8_costs_passes_over_memory_and_saves_bytes():
     docs/int8-communication.md); those that are called now move several times as many."""
     large = known_config("Qwen3-30B-A3B")
     assert large is not None
-    settings = dict(prompt=65536, tp_size=4, layers="distinct", ranks="busiest", decode=False)
+    settings: dict[str, Any] = dict(
+        prompt=65536, tp_size=4, layers="distinct", ranks="busiest", decode=False
+    )
     exact = dry_run(large, **settings)
     comm = CommConfig(all_reduce="int8_two_step", group_size=128)
     int8 = dry_run(large, comm=comm, **settings)

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import random
 from collections import Counter
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -140,7 +140,7 @@ LAYERS = [
 @pytest.mark.parametrize(("config", "topology"), LAYERS, ids=range(len(LAYERS)))
 def test_one_layer_of_each_kind_counts_as_all_layers(config, topology):
     """To the last byte, and the peak's place."""
-    workload = dict(prompt=300, chunk=150, batch=2)
+    workload: dict[str, Any] = dict(prompt=300, chunk=150, batch=2)
     every = dry_run(config, **topology, **workload, layers="all")
     assert fast(config, **topology, **workload) == every
     layers = {layer for x in every.ranks[0].steps[0].operators for layer in x.layers}
@@ -150,14 +150,14 @@ def test_one_layer_of_each_kind_counts_as_all_layers(config, topology):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["30b", "235b"])
 def test_one_layer_of_each_kind_counts_as_all_layers_of_the_full_models(name):
-    arguments = dict(cp_size=2, tp_size=2, moe="ep", prompt=8192, ranks="busiest")
+    arguments: dict[str, Any] = dict(cp_size=2, tp_size=2, moe="ep", prompt=8192, ranks="busiest")
     config = full_size(name)
     assert fast(config, **arguments) == dry_run(config, **arguments)
 
 
 def test_the_busiest_rank_is_the_one_with_most_flops():
     for lengths in (dict(prompt=1000), dict(prompt=7, batch=3), dict(prompt=1001, chunk=300)):
-        arguments = dict(cp_size=4, tp_size=1, **lengths)
+        arguments: dict[str, Any] = dict(cp_size=4, tp_size=1, **lengths)
         every = fast(small(), **arguments).ranks
         (busiest,) = fast(small(), ranks="busiest", **arguments).ranks
         assert busiest in every
@@ -257,7 +257,7 @@ def test_decode_reads_the_experts_that_one_token_chooses():
 
 def test_the_host_waits_for_the_split_sizes_of_an_exchange_only():
     for form, reads in (("all_gather", 0), ("all_to_all", 48)):
-        comm = CommConfig(exchange=form)
+        comm = CommConfig(exchange=cast(Any, form))
         run = fast(full_size("30b"), cp_size=2, moe="ep", comm=comm, prompt=1024)
         assert [step.host_reads for step in run.ranks[0].steps] == [reads, 0]
 

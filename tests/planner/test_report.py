@@ -6,6 +6,7 @@ import builtins
 import dataclasses
 import re
 from html.parser import HTMLParser
+from typing import Any, cast
 
 import pytest
 
@@ -43,9 +44,9 @@ class Checker(HTMLParser):
     def handle_startendtag(self, tag, attrs):
         for name, value in attrs:
             if name == "id":
-                self.ids.append(value)
+                self.ids.append(str(value))
             if name in ("href", "src", "xlink:href", "action", "data"):
-                self.referred.append(value)
+                self.referred.append(str(value))
             self.referred += re.findall(r"url\((.*?)\)", value or "")
 
     def handle_endtag(self, tag):
@@ -89,6 +90,7 @@ def page(run):
 def test_the_page_of_a_plan(page, run):
     text = check(page)
     prediction = predict(run, A3, Efficiencies(attention=0.4))
+    assert prediction.tpot_seconds is not None
     room = fit(run, A3)
     assert f"{prediction.ttft_seconds:.3g} s" in text
     assert f"{prediction.tpot_seconds * 1e3:.3g} ms" in text
@@ -149,14 +151,15 @@ def test_one_rank(tmp_path):
 def test_figures_have_units_and_limits(run):
     axes = figures.draw_memory(run, A3).axes[0]
     assert "GiB" in axes.get_xlabel()
-    lines = {round(line.get_xdata()[0], 1) for line in axes.lines}
+    lines = {round(cast(Any, line).get_xdata()[0], 1) for line in axes.lines}
     assert {57.6, 64.0} <= lines
     prediction = predict(run, A3)
+    assert prediction.tpot_seconds is not None
     left, right = figures.draw_split({"x": prediction}).axes
     assert left.get_xlabel().endswith(", s") and right.get_xlabel().endswith(", ms")
-    width = sum(bar.get_width() for bar in left.patches)
+    width = sum(cast(Any, bar).get_width() for bar in left.patches)
     assert width == pytest.approx(prediction.ttft_seconds)
-    assert sum(bar.get_width() for bar in right.patches) == pytest.approx(
+    assert sum(cast(Any, bar).get_width() for bar in right.patches) == pytest.approx(
         prediction.tpot_seconds * 1e3
     )
     totals = figures.layer_bytes(run.ranks[0].steps, "prefill")

@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import math
+from typing import Any, cast
 
 import pytest
 from hypothesis import given, settings
@@ -50,11 +51,11 @@ def test_the_ranking_is_that_of_all_candidates_tried_by_hand(found):
                 exchanges.remove(("all_gather", "int8"))  # no row travels
         for reduce, gather, (exchange, rows) in itertools.product(sums, gathers, exchanges):
             comm = CommConfig(
-                all_reduce=reduce,
+                all_reduce=cast(Any, reduce),
                 group_size=None if reduce == "exact" else 128,
-                kv_gather=gather,
-                exchange=exchange,
-                exchange_rows=rows,
+                kv_gather=cast(Any, gather),
+                exchange=cast(Any, exchange),
+                exchange_rows=cast(Any, rows),
             )
             run = dry_run(
                 SMALL,
@@ -105,7 +106,11 @@ def test_bests_and_curves(found):
 def test_the_best_by_crossovers_is_the_best_of_the_curves(found):
     for i, prompt in enumerate(LENGTHS):
         times = {c.layout: c.seconds[i] for c in found.curves}
-        first = found.crossovers[0].before if found.crossovers else min(times, key=times.get)
+        first = (
+            found.crossovers[0].before
+            if found.crossovers
+            else min(times, key=lambda layout: times[layout])
+        )
         best = [first, *(c.after for c in found.crossovers if c.prompt <= prompt)][-1]
         assert times[best] <= RESOLUTION * min(times.values())
     prompts = [c.prompt for c in found.crossovers]
@@ -285,7 +290,9 @@ def test_numbers_are_checked(wrong):
     batch=st.integers(1, 2),
 )
 def test_chunks_between_the_ends_are_as_if_they_were_run(prompt, chunk, cp, batch):
-    shape = dict(prompt=prompt, chunk=chunk, cp_size=cp, batch=batch, ranks="busiest")
+    shape: dict[str, Any] = dict(
+        prompt=prompt, chunk=chunk, cp_size=cp, batch=batch, ranks="busiest"
+    )
     every, ends = (dry_run(SMALL, layers="distinct", chunks=c, **shape) for c in ("all", "ends"))
     a, b = every.ranks[0], ends.ranks[0]
     assert len(a.steps) == len(b.steps)
