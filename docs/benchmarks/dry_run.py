@@ -71,9 +71,12 @@ def measure(prompt: int, chunk: int) -> dict[str, Any]:
     torch.manual_seed(0)
     model = CPQwen3MoeForCausalLM(random_config(), parallel_context=ParallelContext.single())
     cache = model.new_kv_cache(max_tokens=prompt)
-    cache.layer(0).rows.zero_()  # so that its pages are resident before
+    layers = [cache.layer(i) for i in range(cache.num_layers)]
+    for layer in layers:
+        layer.rows.fill_(0)  # so that its memory is resident before
     sequence = cache.new_sequence()
-    held = [*model.parameters(), *model.buffers(), cache.layer(0).causal_mask, cache.layer(0).rows]
+    rows = [layer.rows for layer in layers]
+    held = [*model.parameters(), *model.buffers(), layers[0].causal_mask, *rows]
     counter = OperatorCounter(model.eval(), held)
     ids = torch.randint(0, 16384, (prompt,))
     pages = int(Path("/proc/self/statm").read_text().split()[1])

@@ -186,8 +186,9 @@ def _run_rank(
         model.max_sequence_length = max(model.max_sequence_length, length)
         cache = model.new_kv_cache(num_pages=1 - workload.batch * (-length // PAGE))
         sequences = [cache.new_sequence() for _ in range(workload.batch)]
-        mask = cache.layer(0).causal_mask
-        held = [*model.parameters(), *model.buffers(), mask, cache.layer(0).rows]
+        layers = [cache.layer(i) for i in range(cache.num_layers)]
+        rows = [layer.rows for layer in layers]
+        held = [*model.parameters(), *model.buffers(), layers[0].causal_mask, *rows]
         routing = UniformRouting(config, topology, ctx.rank)
 
         def count(step: Step) -> StepCounts:
@@ -228,7 +229,7 @@ def _run_rank(
             tp_rank=ctx.tp_rank,
             parameter_bytes=_bytes_of(model.named_parameters(), kinds),
             constant_bytes=_bytes_of(model.named_buffers(), kinds)
-            + mask.untyped_storage().nbytes(),
+            + layers[0].causal_mask.untyped_storage().nbytes(),
             kv_bytes=cache.num_bytes // len(kinds) * config.num_hidden_layers,
             steps=tuple(steps),
         )

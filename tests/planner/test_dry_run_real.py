@@ -76,8 +76,9 @@ def counted_ranks(
     model = CPQwen3MoeForCausalLM(config, parallel_context=ctx).eval().requires_grad_(False)
     cache = model.new_kv_cache(num_pages=1 - batch * (-(prompt + 1) // 128))
     sequences = [cache.new_sequence() for _ in range(batch)]
-    layer = cache.layer(0)
-    held = [*model.parameters(), *model.buffers(), layer.causal_mask, layer.rows]
+    layers = [cache.layer(i) for i in range(cache.num_layers)]
+    rows = [layer.rows for layer in layers]
+    held = [*model.parameters(), *model.buffers(), layers[0].causal_mask, *rows]
     matrices: list[list[list[int]]] = []
     read = collectives.gather_counts
 
