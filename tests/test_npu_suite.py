@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from qwen3cp import cli
 from qwen3cp.ops import SCHEMAS
 
 ROOT = Path(__file__).parents[1]
@@ -52,3 +54,21 @@ def test_without_a_device_all_are_skipped_by_name():
         "test_answers[2-2-int8]",
     ):
         assert f"{name}: no Ascend NPU is available" in done.stdout
+
+
+def test_options_of_the_acceptance_exist(monkeypatch, capsys):
+    """Its commands take hours on NPUs: a wrong option should not be found there."""
+    text = (ROOT / "tests" / "npu" / "test_acceptance.py").read_text()
+    options = set(re.findall(r'"(--[a-z][a-z0-9_-]+)"', text))
+    assert {"--data-dir", "--prompt-tokens", "--log_samples"} <= options
+    shown = ""
+    for command in ("eval", "bench", "compare"):
+        monkeypatch.setattr(sys, "argv", ["qwen3cp", command, "--help"])
+        with pytest.raises(SystemExit):
+            cli.main()
+        shown += capsys.readouterr().out
+    harness = subprocess.run(
+        [sys.executable, "-m", "lm_eval", "run", "--help"], capture_output=True, text=True
+    )
+    shown += harness.stdout
+    assert [option for option in sorted(options) if f"{option} " not in shown] == []

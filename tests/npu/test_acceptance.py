@@ -45,9 +45,18 @@ def test_time_to_first_token_of_a_long_prompt(machine, npu_model, cp, tp, record
     report: dict[str, Any] = json.loads(
         machine.run(
             *("bench", str(npu_model), "--cp", str(cp), "--tp", str(tp), "--dtype", "bfloat16"),
-            *("--prompt", str(LONG_PROMPT), "--json"),
+            *(
+                "--prompt-tokens",
+                str(LONG_PROMPT),
+                "--new-tokens",
+                "16",
+                "--repeats",
+                "1",
+                "--json",
+            ),
             ranks=cp * tp,
         )
     )
     record_property("bench", report)
-    assert report
+    (result,) = report["results"]
+    assert result["prompt_tokens"] == LONG_PROMPT
