@@ -204,7 +204,7 @@ def held_in_prefill(path: Path, length: int) -> list[tuple[str, str, tuple[int, 
     """What of a prefill on 4 CP ranks has an axis as long as the sequence."""
     model = load(path, 4, 1)
     cache = model.new_kv_cache(max_tokens=length)
-    pool = cache.layer(0).rows.untyped_storage().data_ptr()
+    pool = {cache.layer(i).rows.untyped_storage().data_ptr() for i in range(cache.num_layers)}
     sequence = cache.new_sequence()
     (prompt,) = random_ids(0, length, vocab_size=203)
     with Recorder() as recorder:
@@ -212,7 +212,7 @@ def held_in_prefill(path: Path, length: int) -> list[tuple[str, str, tuple[int, 
     return [
         (name, str(dtype), shape)
         for name, dtype, shape, pointer in recorder.outputs
-        if dtype.is_floating_point and pointer != pool and max(shape, default=0) >= length
+        if dtype.is_floating_point and pointer not in pool and max(shape, default=0) >= length
     ]
 
 

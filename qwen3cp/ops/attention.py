@@ -84,13 +84,15 @@ def _per_request(x: Tensor, layout: str, num_heads: int, lengths: list[int]) -> 
 
 
 def _read_pages(cache: Tensor, call: CheckedCall) -> Iterator[Tensor]:
-    """(length, Nkv, D) of each request: views where its pages follow each other, else copies."""
+    """(length, Nkv, D) of each request: views where its pages follow each other, else copies, which
+    last until the next request is read."""
     assert call.block_table is not None
     if cache.dim() == 4:  # (blocks, Nkv, block_size, D)
         pages = cache.transpose(1, 2)
     else:  # (blocks, block_size, Nkv * D)
         pages = cache.unflatten(2, (call.num_kv_heads, -1))
     table = call.block_table.tolist()
+    copies: Tensor | None = None
     for blocks, q_length, kv_length in zip(table, call.q_lengths, call.kv_lengths, strict=True):
         length = kv_length if q_length else 0
         blocks = blocks[: -(-length // call.block_size)]
@@ -98,7 +100,10 @@ def _read_pages(cache: Tensor, call: CheckedCall) -> Iterator[Tensor]:
         if first >= 0 and blocks == list(range(first, first + count)):
             read = pages[first : first + count]
         else:
-            read = pages.index_select(0, torch.tensor(blocks, device=cache.device))
+            if copies is None:  # one buffer for all: new memory costs more than what is copied
+                copies = pages.new_empty(len(table[0]), *pages.shape[1:])
+            read = copies[:count]
+            torch.index_select(pages, 0, torch.tensor(blocks, device=cache.device), out=read)
         if read.shape[0] != count:
             raise IndexError(f"{OP}: block_table has a block past the {len(pages)} of the cache")
         yield read.flatten(0, 1)[:length]

@@ -22,6 +22,7 @@ pytestmark = pytest.mark.npu
 
 npu = torch.ops.npu
 BF16 = torch.bfloat16
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 
 
 def normal(*shape: int, device: torch.device, dtype: torch.dtype = BF16) -> torch.Tensor:
@@ -246,7 +247,7 @@ def test_int8_sum_over_two_devices(machine, tmp_path, record_property):
     script.write_text(textwrap.dedent(INT8_SUM))
     backend = "gloo" if machine.device.type == "cpu" else ""
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", script, backend],
+        [*TORCHRUN, "--standalone", "--nproc-per-node", "2", script, backend],
         capture_output=True,
         text=True,
         timeout=300,

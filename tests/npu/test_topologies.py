@@ -46,7 +46,7 @@ def test_answers(machine, cp, tp, options, record_property):
     texts = [result["text"] for result in document["results"]]
     record_property("answers", texts)
     for text, answer in zip(texts, PROBLEMS.values(), strict=True):
-        assert f"{answer}\n" in text
+        assert f"{answer}\n" in f"{text}\n"
 
 
 def test_logits_are_as_good_as_the_reference_kernels(machine, record_property):
