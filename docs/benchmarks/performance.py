@@ -503,14 +503,15 @@ def prompts_of(run: dict[str, Any]) -> list[int]:
 def machine_line(results: dict[str, Any]) -> str:
     found = results["limits"]
     machine = found["machine"]
+    trials = [name for name, step in results.items() if step["shrink"] > 1]
     return (
         f"{machine['name']}, {machine['cores']} cores, of which a rank uses "
         f"{machine['threads']}; Python {machine['python']}, torch {machine['torch']}, transformers "
         f"{machine['transformers']}. One core multiplies bfloat16 matrices at "
         f"{found['flops_per_second'] / 1e9:.0f} GFLOP/s and copies "
         f"{found['bytes_per_second'] / 1e9:.0f} GB/s."
-        + "\n\n**A trial of the script with short lengths: no measurement.**"
-        * any(step["shrink"] > 1 for step in results.values())
+        + f"\n\n**With shorter prompts, as a trial of the script: {', '.join(trials)}.**"
+        * bool(trials)
     )
 
 
