@@ -254,8 +254,8 @@ def test_other_prompts_are_refused(tmp_path, truth):
     assert "--num_fewshot" in str(caught.value) and "\n" not in str(caught.value)
     found = compared(tmp_path / "a", tmp_path / "b", allow_different_prompts=True)
     assert found.rows[0].documents == 12 and "different prompts" in found.notes[0]
-    other = dict(num_fewshot=2, fewshot_random_seed=1, system_instruction="Be brief.")
-    write_run(tmp_path / "c", lambda i, _: truth[i], **other)
+    other: dict[str, Any] = {"fewshot_random_seed": 1, "system_instruction": "Be brief."}
+    write_run(tmp_path / "c", lambda i, _: truth[i], num_fewshot=2, **other)
     with pytest.raises(InputError, match="another system instruction, another seed"):
         compared(tmp_path / "b", tmp_path / "c")
 
