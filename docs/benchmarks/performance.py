@@ -5,7 +5,7 @@
 
 Makes a random Qwen3-MoE of 324 million parameters (random-324m.json), measures it in steps, each in
 processes of its own with one core a rank, writes performance.json beside this file, and puts the
-tables into docs/performance.md and README.md. Takes about 15 minutes on two quiet cores.
+tables into docs/performance.md and README.md. Takes about half an hour on two quiet cores.
 """
 
 from __future__ import annotations
