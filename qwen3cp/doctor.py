@@ -91,7 +91,7 @@ def examine(
             yield Check(name=name, found=env[name])
 
     devices = sorted((root / "dev").glob("davinci[0-9]*"))
-    yield from _cann(root, env, bool(devices), has_torch_npu)
+    yield from _cann(root, env, len(devices), has_torch_npu)
     yield from _torch(env, timeout, has_torch_npu)
     if has_torch_npu:
         working = yield from _torch_npu(env, timeout, len(devices))
@@ -157,16 +157,13 @@ def _requirements(package: str) -> Iterator[Check]:
 
 
 def _cann(
-    root: Path, env: Mapping[str, str], has_devices: bool, has_torch_npu: bool
+    root: Path, env: Mapping[str, str], num_devices: int, has_torch_npu: bool
 ) -> Iterator[Check]:
-    if has_devices:
-        yield Check(name="NPU devices", found=f"{len(list(_davinci(root)))} in /dev")
-    else:
-        yield Check(name="NPU devices", found="none in /dev")
+    yield Check(name="NPU devices", found=f"{num_devices or 'none'} in /dev")
     driver = root / "usr/local/Ascend/driver/version.info"
     if driver.is_file():
         yield Check(name="driver", found=_field(driver, "Version") or "unknown version")
-    elif has_devices:
+    elif num_devices:
         yield Check(
             name="driver",
             found="no /usr/local/Ascend/driver",
@@ -180,7 +177,7 @@ def _cann(
         places = [root / "usr/local/Ascend" / name for name in CANN_HOMES]
         home = next((str(place) for place in places if place.is_dir()), None)
     if home is None or not Path(home).is_dir():
-        needed = has_devices or has_torch_npu
+        needed = num_devices > 0 or has_torch_npu
         yield Check(
             name="CANN",
             found="not found" if home is None else f"ASCEND_HOME_PATH={home} is no folder",
@@ -208,10 +205,6 @@ def _cann(
             advice=f"the calls follow the rules of CANN {CANN_CHECKED}; older ones refused "
             "head dim 128 in the attention operator's TND layout: upgrade CANN",
         )
-
-
-def _davinci(root: Path) -> Iterator[Path]:
-    return (root / "dev").glob("davinci[0-9]*")
 
 
 def _cann_version(home: Path) -> Version | None:
