@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from qwen3cp.ops.attention_call import OP, CheckedCall, check_call, check_template
+from qwen3cp.ops.attention_decode import attend_rows
 from qwen3cp.ops.checks import Kernel
 from qwen3cp.ops.settings import settings
 
@@ -46,6 +47,21 @@ def fused_infer_attention_score(
         return output, lse
 
     heads, kv_heads = call.num_heads, call.num_kv_heads
+    if _is_row_each(call, key, value):
+        rows = query.view(len(call.kv_lengths), heads, -1)
+        row_lse = lse if call.with_lse else lse.new_empty(len(rows) * heads)
+        attend_rows(
+            rows,
+            key,
+            value,
+            _blocks(call, key),
+            call.kv_lengths,
+            call.scale,
+            output.view(rows.shape),
+            row_lse.view(len(rows), heads),
+        )
+        return output, lse
+
     queries = _per_request(query, call.query_layout, heads, call.q_lengths)
     outputs = _per_request(output, call.output_layout, heads, call.q_lengths)
     lses: Sequence[Tensor | None] = [None] * len(queries)
@@ -83,29 +99,55 @@ def _per_request(x: Tensor, layout: str, num_heads: int, lengths: list[int]) -> 
     return [x[request, :length] for request, length in enumerate(lengths)]
 
 
+def _is_row_each(call: CheckedCall, key: Tensor, value: Tensor) -> bool:
+    """Whether one row of each request sees all of its keys, in caches that `attend_rows` takes."""
+    if call.block_table is None or key.dim() != 3 or key.shape != value.shape:
+        return False
+    if call.mask is not None or call.pse_shift is not None or set(call.q_lengths) != {1}:
+        return False
+    seen = (call.visible(request) for request in range(len(call.kv_lengths)))
+    return all(
+        low <= 0 and high >= length - 1
+        for (low, high), length in zip(seen, call.kv_lengths, strict=True)
+    )
+
+
+def _blocks(call: CheckedCall, cache: Tensor) -> list[list[int]]:
+    """The blocks of each request's keys."""
+    assert call.block_table is not None
+    blocks = [
+        row[: -(-length // call.block_size)] if rows else []
+        for row, rows, length in zip(
+            call.block_table.tolist(), call.q_lengths, call.kv_lengths, strict=True
+        )
+    ]
+    used = [block for row in blocks for block in row]
+    if used and not 0 <= min(used) <= max(used) < len(cache):
+        raise IndexError(
+            f"{OP}: block_table has blocks {min(used)}..{max(used)}, the cache has {len(cache)}"
+        )
+    return blocks
+
+
 def _read_pages(cache: Tensor, call: CheckedCall) -> Iterator[Tensor]:
     """(length, Nkv, D) of each request: views where its pages follow each other, else copies, which
     last until the next request is read."""
-    assert call.block_table is not None
     if cache.dim() == 4:  # (blocks, Nkv, block_size, D)
         pages = cache.transpose(1, 2)
     else:  # (blocks, block_size, Nkv * D)
         pages = cache.unflatten(2, (call.num_kv_heads, -1))
-    table = call.block_table.tolist()
+    all_blocks = _blocks(call, cache)
+    longest = max(map(len, all_blocks))
     copies: Tensor | None = None
-    for blocks, q_length, kv_length in zip(table, call.q_lengths, call.kv_lengths, strict=True):
-        length = kv_length if q_length else 0
-        blocks = blocks[: -(-length // call.block_size)]
+    for blocks, length in zip(all_blocks, call.kv_lengths, strict=True):
         first, count = blocks[0] if blocks else 0, len(blocks)
-        if first >= 0 and blocks == list(range(first, first + count)):
+        if blocks == list(range(first, first + count)):
             read = pages[first : first + count]
         else:
             if copies is None:  # one buffer for all: new memory costs more than what is copied
-                copies = pages.new_empty(len(table[0]), *pages.shape[1:])
+                copies = pages.new_empty(longest, *pages.shape[1:])
             read = copies[:count]
             torch.index_select(pages, 0, torch.tensor(blocks, device=cache.device), out=read)
-        if read.shape[0] != count:
-            raise IndexError(f"{OP}: block_table has a block past the {len(pages)} of the cache")
         yield read.flatten(0, 1)[:length]
 
 

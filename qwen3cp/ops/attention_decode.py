@@ -1,0 +1,172 @@
+"""Attention of one row of each request to a paged cache: a decode step.
+
+Blocks that neighbouring requests begin with are read once for all of them, short rows are stacked
+into one product, and the two parts of a row are put together by their log-sum-exp.
+
+n rows, N query heads, Nkv key heads, G = N / Nkv, D head dim, L keys.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+# Shared blocks are read apart where that saves reading so many keys.
+_SAVED_KEYS = 1024
+# Rows of up to so many keys are copied into stacks of up to so many bytes of keys, of which each
+# row fills such a part. Longer rows go alone, without a copy if their blocks follow each other.
+_SHORT_ROW = 1024
+_STACK_BYTES = 1 << 21
+_LEAST_FULL = 0.75
+
+
+def attend_rows(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    blocks: Sequence[Sequence[int]],
+    lengths: Sequence[int],
+    scale: float,
+    output: Tensor,
+    lse: Tensor,
+) -> None:
+    """softmax(scale * query @ key^T) @ value of each row; rows without keys are left as they are.
+
+    Args:
+        query: [n, N, D], a row of each request.
+        key, value: [blocks, block_size, Nkv * D], the caches.
+        blocks: of each request, at least those of its keys.
+        lengths: keys of each request.
+        output: [n, N, D], written.
+        lse: float32 [n, N], written.
+    """
+    caches = _Caches(key, value, query.shape[2])
+    query = query.unflatten(1, (caches.num_heads, -1))  # [n, Nkv, G, D]
+    block_size = key.shape[1]
+    start = [0] * len(lengths)  # the keys before it are done
+    for first, end, count in _shared(blocks, lengths, block_size):
+        keys, values, _ = caches.read([blocks[first][:count]], [count * block_size])
+        rows = query[first:end].transpose(0, 1).flatten(1, 2).unsqueeze(0)
+        result = _attend(rows, keys, values, None, scale)
+        out, out_lse = (x[0].unflatten(1, (end - first, -1)).transpose(0, 1) for x in result)
+        output[first:end], lse[first:end] = out.flatten(1, 2), out_lse.flatten(1, 2)
+        start[first:end] = [count * block_size] * (end - first)
+
+    left = [length - done for length, done in zip(lengths, start, strict=True)]
+    most_rows = _STACK_BYTES // key[0, 0].nbytes
+    for rows in _stacks(left, start, most_rows):
+        own = [blocks[row][start[row] // block_size :] for row in rows]
+        keys, values, bias = caches.read(own, [left[row] for row in rows])
+        out, out_lse = _attend(query[rows], keys, values, bias, scale)
+        out, out_lse = out.flatten(1, 2), out_lse.flatten(1, 2)
+        if start[rows[0]]:
+            out, out_lse = _merged(output[rows], lse[rows], out, out_lse)
+        output[rows], lse[rows] = out.to(output.dtype), out_lse
+
+
+def _shared(
+    blocks: Sequence[Sequence[int]], lengths: Sequence[int], block_size: int
+) -> Iterator[tuple[int, int, int]]:
+    """Rows first .. end - 1 begin with the same `count` full blocks: (first, end, count)."""
+    first = 0
+    while first < len(lengths):
+        end, count = first + 1, lengths[first] // block_size
+        while end < len(lengths) and lengths[end] >= block_size:
+            common = min(count, lengths[end] // block_size)
+            same = next((i for i in range(common) if blocks[first][i] != blocks[end][i]), common)
+            # as many as possible of the rows that share what these two do
+            if same == 0 or same < count and end > first + 1:
+                break
+            count, end = same, end + 1
+        if (end - first - 1) * count * block_size >= _SAVED_KEYS:
+            yield first, end, count
+        first = end
+
+
+def _stacks(left: Sequence[int], start: Sequence[int], most_keys: int) -> Iterator[list[int]]:
+    """Rows that go together, all of them or none with keys that are done."""
+    stack: list[int] = []
+    for row in sorted(range(len(left)), key=lambda row: (start[row] > 0, -left[row])):
+        if left[row] == 0:
+            continue
+        if stack:
+            longest = left[stack[0]]
+            full = longest > _SHORT_ROW or (len(stack) + 1) * longest > most_keys
+            if (
+                full
+                or left[row] < _LEAST_FULL * longest
+                or bool(start[row]) != bool(start[stack[0]])
+            ):
+                yield stack
+                stack = []
+        stack.append(row)
+    if stack:
+        yield stack
+
+
+class _Caches:
+    """Reads keys and values, of which copies last until the next are read."""
+
+    def __init__(self, key: Tensor, value: Tensor, head_dim: int) -> None:
+        self.block_size = key.shape[1]
+        self.num_heads = key.shape[2] // head_dim
+        self._rows = [cache.flatten(0, 1) for cache in (key, value)]
+        self._copies = key.new_empty(2, 0, key.shape[2])
+
+    def read(
+        self, blocks: Sequence[Sequence[int]], lengths: Sequence[int]
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Of each request the first keys and values of these blocks.
+
+        Returns:
+            Keys and values, [n, Nkv, L, D] for the largest L, and what masks the keys past the end
+            of shorter ones, [n, 1, 1, L].
+        """
+        longest = max(lengths)
+        used = [b[: -(-n // self.block_size)] for b, n in zip(blocks, lengths, strict=True)]
+        first = used[0][0]
+        if len(used) == 1 and list(used[0]) == list(range(first, first + len(used[0]))):
+            begin = first * self.block_size
+            keys, values = (rows[begin : begin + longest] for rows in self._rows)
+            return self._heads(keys, 1), self._heads(values, 1), None
+
+        columns = max(map(len, used))
+        padded = torch.tensor([[*b, *[b[0]] * (columns - len(b))] for b in used])
+        within = torch.arange(self.block_size)
+        slots = (padded.unsqueeze(-1) * self.block_size + within).flatten(1)[:, :longest]
+        bias = None
+        if min(lengths) < longest:
+            past = torch.arange(longest) >= torch.tensor(lengths).unsqueeze(1)
+            # what is there instead was never written, and may be NaN
+            slots = torch.where(past, slots[:, :1], slots)
+            bias = torch.zeros(past.shape).masked_fill_(past, -torch.inf)[:, None, None]
+        if self._copies.shape[1] < slots.numel():
+            self._copies = self._copies.new_empty(2, slots.numel(), self._copies.shape[2])
+        keys, values = self._copies[:, : slots.numel()]
+        for rows, copy in zip(self._rows, (keys, values), strict=True):
+            torch.index_select(rows, 0, slots.flatten(), out=copy)
+        return self._heads(keys, len(used)), self._heads(values, len(used)), bias
+
+    def _heads(self, rows: Tensor, num_requests: int) -> Tensor:
+        """[n * L, Nkv * D] -> [n, Nkv, L, D]"""
+        return rows.view(
+            num_requests, -1, self.num_heads, rows.shape[1] // self.num_heads
+        ).transpose(1, 2)
+
+
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """torch's flash attention, which rounds where the NPU rounds: (output, log-sum-exp)."""
+    if bias is not None:
+        bias = bias.expand(-1, -1, query.shape[2], -1)
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        query, key, value, attn_mask=bias, scale=scale
+    )
+
+
+def _merged(a: Tensor, a_lse: Tensor, b: Tensor, b_lse: Tensor) -> tuple[Tensor, Tensor]:
+    """The attention to the keys of a and to those of b together, in float32."""
+    lse = torch.logaddexp(a_lse, b_lse)
+    of_a, of_b = ((x - lse).exp_().unsqueeze(-1) for x in (a_lse, b_lse))
+    return a.float().mul_(of_a).addcmul_(b.float(), of_b), lse
