@@ -286,6 +286,8 @@ class Batch:
                 row = _Row(index, run, self._fork(prefix))
                 self._rows.append(row)
                 rows.append(row)
+                # at once, so that its pages follow each other
+                self.cache.reserve([row.sequence], [run.longest - row.sequence.length])
             yield from self._prefill_rows(rows)
 
     def _choose_runs(self) -> list[tuple[int, Run, Prefix | None]]:

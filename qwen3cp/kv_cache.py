@@ -6,6 +6,7 @@ Letters: L layers, P pages, B page size, W = local KV heads * head_dim.
 
 from __future__ import annotations
 
+from bisect import bisect, insort
 from collections import Counter
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
@@ -123,7 +124,7 @@ class PagedKVCache:
             ]
         for layer in self._layers:
             maybe_mark_dynamic(layer.rows, 0)
-        self._free = list(range(num_pages - 1, 0, -1))  # taken from the end: lowest page first
+        self._free = list(range(1, num_pages))  # always sorted
         self._references = [0] * num_pages
 
     @property
@@ -227,8 +228,10 @@ class PagedKVCache:
             page = self._open_page(sequence)
             if page is not None and self._references[page] > 1:
                 self._own_last_page(sequence)
-            while len(sequence._pages) < self._pages_of(sequence.length + new):
-                sequence._pages.append(self._take())
+            missing = self._pages_of(sequence.length + new) - len(sequence._pages)
+            if missing > 0:
+                after = sequence._pages[-1] if sequence._pages else -1
+                sequence._pages += self._take(missing, after)
 
     def commit(self, sequences: Seq[Sequence], new_lengths: Seq[int]) -> None:
         """Counts new tokens whose keys and values every layer has written to reserved pages."""
@@ -296,7 +299,7 @@ class PagedKVCache:
             for new, old in zip(grown[-1].pages(), layer.pages(), strict=True):
                 new[: self.num_pages] = old
         self._layers = grown
-        self._free[:0] = range(num_pages - 1, self.num_pages - 1, -1)
+        self._free += range(self.num_pages, num_pages)
         self._references += [0] * (num_pages - self.num_pages)
         self.num_pages = num_pages
 
@@ -331,17 +334,29 @@ class PagedKVCache:
     def _own_last_page(self, sequence: Sequence) -> None:
         """Replaces the page of the sequence's last token by a copy of its own."""
         last = self._pages_of(sequence.length) - 1
-        source, target = sequence._pages[last], self._take()
+        source, (target,) = sequence._pages[last], self._take(1)
         for layer in self._layers:
             pages = layer.rows.view(2, -1, self.page_size, self.kv_width)
             pages[:, target] = pages[:, source]
         self._references[source] -= 1
         sequence._pages[last] = target
 
-    def _take(self) -> int:
-        page = self._free.pop()
-        self._references[page] = 1
-        return page
+    def _take(self, count: int, after: int = -1) -> list[int]:
+        """Free pages: those that follow the page `after`, or at least each other, if there are
+        such, since a CPU reads them without a copy; else the lowest."""
+
+        def follow(start: int) -> bool:
+            return self._free[start + count - 1] - self._free[start] == count - 1
+
+        last = len(self._free) - count
+        start = bisect(self._free, after)
+        if not (start <= last and self._free[start] == after + 1 and follow(start)):
+            start = next(filter(follow, range(last + 1)), 0)
+        pages = self._free[start : start + count]
+        del self._free[start : start + count]
+        for page in pages:
+            self._references[page] = 1
+        return pages
 
     def _release(self, sequence: Sequence, keep: int) -> None:
         """Gives back all pages of a sequence but the first `keep`."""
@@ -349,7 +364,7 @@ class PagedKVCache:
             page = sequence._pages.pop()
             self._references[page] -= 1
             if self._references[page] == 0:
-                self._free.append(page)
+                insort(self._free, page)
 
     def _require(self, pages: int, what: str) -> None:
         if pages > len(self._free):

@@ -166,9 +166,13 @@ class CPQwen3MoeSparseMoeBlock(Qwen3MoeSparseMoeBlock):
         )
         count_rows(counts, self.local_experts, self.gate.num_experts, self.layer_idx, ctx)
         experts = self.experts
+        # What each step reads is freed after it: together they would be the peak of a prefill.
         gate_up = _grouped_matmul(rows, cast(torch.Tensor, experts.gate_up_proj), counts)
+        del rows
         activated = torch.ops.npu.npu_swiglu(gate_up)
+        del gate_up
         down = _grouped_matmul(activated, cast(torch.Tensor, experts.down_proj), counts)
+        del activated
         if len(self.local_experts) < self.gate.num_experts:
             # the choices of other ranks' experts have the index -1, which is not skipped
             weights_Tk = weights_Tk * (row_of_choice >= 0).view(weights_Tk.shape)

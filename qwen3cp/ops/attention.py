@@ -211,6 +211,17 @@ def _attend_in_blocks(
     block_rows = min(max(block_rows, _MIN_BLOCK_ROWS), _MAX_BLOCK_ROWS)
     block_rows = max(1, block_rows // group)
     buffer = query.new_empty(block_rows * group * num_keys, dtype=dtype)
+    seen_masks: dict[tuple[int, int, int], Tensor | None] = {}
+
+    def mask_of(block: range, part: range) -> Tensor | None:
+        """_masked(...), which without a mask of the caller's is the same for most blocks."""
+        if call.mask is not None:
+            return _masked(call, request, block, part)
+        shape = len(block), len(part), block.start - part.start
+        if shape not in seen_masks:
+            seen_masks[shape] = _masked(call, request, block, part)
+        return seen_masks[shape]
+
     for head in range(num_kv_heads):
         heads = slice(head * group, (head + 1) * group)
         k = key[:, head].to(dtype).t().contiguous()  # (D, keys), the quicker form for a product
@@ -228,7 +239,7 @@ def _attend_in_blocks(
                 by_row += _pse(call, request, block, keys)[heads].transpose(0, 1)
             masked = None
             for part in _partly_visible(call, block, keys, low, high):
-                masked = _masked(call, request, block, part)
+                masked = mask_of(block, part)
                 columns = slice(part.start - keys.start, part.stop - keys.start)
                 if masked is not None:
                     by_row[..., columns].masked_fill_(masked.unsqueeze(1), torch.finfo(dtype).min)
@@ -262,7 +273,7 @@ def _partly_visible(
     """The runs of keys that not all of the rows may see."""
     first_common = max(keys.start, rows.stop - 1 + low)
     end_common = min(keys.stop, rows.start + high + 1)
-    if call.mask is not None or first_common >= end_common:
+    if call.mask is not None or call.zero_masked_rows or first_common >= end_common:
         yield keys
         return
     if keys.start < first_common:

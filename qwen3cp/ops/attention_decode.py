@@ -15,7 +15,7 @@ from torch import Tensor
 _SAVED_KEYS = 1024
 # Rows of up to so many keys are copied into stacks of up to so many bytes of keys, of which each
 # row fills such a part. Longer rows go alone, without a copy if their blocks follow each other.
-_SHORT_ROW = 1024
+_SHORT_ROW = 256
 _STACK_BYTES = 1 << 21
 _LEAST_FULL = 0.75
 

@@ -645,6 +645,15 @@ def test_rows_masked_from_end_to_end():
     torch.testing.assert_close(output[0, 1], key[0, 0])
 
 
+def test_zeroing_masked_rows_leaves_rows_with_keys():
+    """Causal, of more rows than a block has: every row sees a key."""
+    query, key = torch.randn(1, 600, 4, 64), torch.randn(1, 600, 2, 64)
+    options = {"num_heads": 4, "num_key_value_heads": 2, "input_layout": "BSND", "scale": 0.125}
+    options |= {"atten_mask": TEMPLATE, "sparse_mode": 3}
+    output, _ = fia(query, key, key, **options, inner_precise=2)
+    assert torch.equal(output, fia(query, key, key, **options)[0])
+
+
 def test_no_query_returns_at_once():
     query, key = torch.empty(0, 4, 64), torch.randn(3, 2, 64)
     options = {"num_heads": 4, "num_key_value_heads": 2, "input_layout": "TND"}
