@@ -431,7 +431,7 @@ def swiglu(input: Tensor, dim: int = -1) -> Tensor:
     """silu(a) * b, where a and b are the halves of dim, in float32, rounded once."""
     out = input.new_empty(_check_swiglu(input, dim))
     for y, a, b in row_blocks(out, *input.chunk(2, dim=dim)):
-        y.copy_(F.silu(a.to(torch.float32, copy=True), inplace=True).mul_(b))
+        torch.mul(F.silu(a.float()), b, out=y)
     return out
 
 
@@ -501,14 +501,15 @@ def token_unpermute(
     skip = (indices >= num_rows) | (probs == 0)
     some_skipped = bool(skip.any())
     indices = indices.clamp(max=num_rows - 1)
-    for y, index, weight, skipped in row_blocks(out, indices, probs, skip):
-        total = torch.zeros_like(y, dtype=torch.float32)
-        for k in range(num_choices):
-            rows = permuted_tokens.index_select(0, index[:, k])
+    is_float = permuted_tokens.dtype == torch.float32
+    for y, index, weight, skipped in row_blocks(out, indices, probs.float(), skip):
+        rows = permuted_tokens
+        if some_skipped or not is_float:
+            rows = rows.index_select(0, index.reshape(-1)).float()
             if some_skipped:
-                rows.masked_fill_(skipped[:, k : k + 1], 0.0)
-            total.addcmul_(rows, weight[:, k : k + 1])
-        y.copy_(total)
+                rows.masked_fill_(skipped.reshape(-1, 1), 0.0)
+            index = torch.arange(index.numel(), device=index.device).view_as(index)
+        y.copy_(F.embedding_bag(index, rows, mode="sum", per_sample_weights=weight))
     return out
 
 

@@ -10,10 +10,11 @@ from qwen3cp.ops.checks import Kernel, check_dtype, check_float, check_shape, ro
 from qwen3cp.ops.rules import Rule
 
 
-def _normalise_(x: Tensor, epsilon: float, rstd: Tensor) -> Tensor:
-    """x / sqrt(mean(x^2) + epsilon) of each row, in place; rstd is written."""
-    torch.mean(x.square(), -1, keepdim=True, out=rstd)
-    return x.mul_(rstd.add_(epsilon).rsqrt_())
+def _normalise(x: Tensor, epsilon: float, rstd: Tensor, out: Tensor) -> Tensor:
+    """x / sqrt(mean(x^2) + epsilon) of each row, in float32; rstd and out are written."""
+    torch.linalg.vector_norm(x, dim=-1, keepdim=True, out=rstd)  # one pass over x
+    rstd.square_().div_(x.shape[-1]).add_(epsilon).rsqrt_()
+    return torch.mul(x, rstd, out=out)
 
 
 def _rows(gamma: Tensor, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -44,7 +45,9 @@ def rms_norm(input: Tensor, gamma: Tensor, epsilon: float = 1e-06) -> tuple[Tens
     out, rstd = _rms_norm_meta(input, gamma, epsilon)
     scale = gamma.float().view(-1)
     for x, y, r in _rows(gamma, input, out, rstd):
-        y.copy_(_normalise_(x.to(torch.float32, copy=True), epsilon, r).mul_(scale))
+        x = x.float()
+        normalised = y if y.dtype == torch.float32 else x  # of another dtype, x is a copy
+        torch.mul(_normalise(x, epsilon, r, out=normalised), scale, out=y)
     return out, rstd
 
 
@@ -73,7 +76,7 @@ def add_rms_norm(
     for a, b, y, added, r in _rows(gamma, x1, x2, out, total, rstd):
         x = a.to(torch.float32, copy=True).add_(b)
         added.copy_(x)
-        y.copy_(_normalise_(x, epsilon, r)).mul_(gamma.view(-1))
+        torch.mul(_normalise(x, epsilon, r, out=x).to(y.dtype), gamma.view(-1), out=y)
     return out, rstd, total
 
 

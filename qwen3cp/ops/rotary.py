@@ -1,5 +1,7 @@
 """Rotary position embedding."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -17,6 +19,10 @@ _COS_SHAPES = {
         "TND": ("T1D", "TND"),
     },
     "interleave": {"BNSD": ("11SD",), "BSND": ("1S1D",), "SBND": ("S11D",), "TND": ("T1D",)},
+}
+_HALVES: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
+    "half": lambda x: x.chunk(2, dim=-1),
+    "interleave": lambda x: (x[..., 0::2], x[..., 1::2]),
 }
 _MAX_HEADS_OR_BATCH = 1000  # exclusive; token counts are not limited
 _MAX_HEAD_DIM = 896  # exclusive
@@ -78,16 +84,17 @@ def rotary_mul(
     _check(input, r1, r2, rotary_mode, rotate)
     out = input.new_empty(input.shape)
     # cos and sin of another dtype are first cast to that of the input.
+    halves = _HALVES[rotary_mode]
     cos, sin = (r.to(input.dtype).float().expand(input.shape) for r in (r1, r2))
     dim = max(range(input.dim() - 1), key=lambda d: input.shape[d])  # blocks are cut from it
     for x, y, c, s in row_blocks(*(each.transpose(0, dim) for each in (input, out, cos, sin))):
         x = x.float()
-        if rotary_mode == "half":
-            a, b = x.chunk(2, dim=-1)
-            rotated = torch.cat((-b, a), dim=-1)
-        else:
-            rotated = torch.stack((-x[..., 1::2], x[..., 0::2]), dim=-1).flatten(-2)
-        y.copy_((x * c).add_(rotated.mul_(s)))
+        rotated = torch.mul(x, c, out=y if y.dtype == torch.float32 else None)
+        (x_a, x_b), (s_a, s_b), (a, b) = (halves(each) for each in (x, s, rotated))
+        a.addcmul_(x_b, s_a, value=-1)
+        b.addcmul_(x_a, s_b)
+        if rotated is not y:
+            y.copy_(rotated)
     return out
 
 
