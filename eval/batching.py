@@ -283,11 +283,9 @@ class Batch:
             self._compute_prefixes([prefix for _, _, prefix in admitted if prefix is not None])
             rows = []
             for index, run, prefix in admitted:
-                row = _Row(index, run, self._fork(prefix))
+                row = _Row(index, run, self._fork(prefix, run.longest))
                 self._rows.append(row)
                 rows.append(row)
-                # at once, so that its pages follow each other
-                self.cache.reserve([row.sequence], [run.longest - row.sequence.length])
             yield from self._prefill_rows(rows)
 
     def _choose_runs(self) -> list[tuple[int, Run, Prefix | None]]:
@@ -341,11 +339,15 @@ class Batch:
             self._waiting[0] = (index, run, None)
             self._release(prefix)
 
-    def _fork(self, prefix: Prefix | None) -> Sequence:
+    def _fork(self, prefix: Prefix | None, length: int) -> Sequence:
+        """A sequence that begins with the prefix, with all pages that it needs in the end: those
+        that are taken at once follow each other if they can."""
         if prefix is None:
-            return self.cache.new_sequence()
+            sequence = self.cache.new_sequence()
+            self.cache.reserve([sequence], [length])
+            return sequence
         assert prefix.sequence is not None
-        sequence = self.cache.fork(prefix.sequence)
+        sequence = self.cache.fork(prefix.sequence, new_tokens=length - prefix.length)
         self._release(prefix)
         return sequence
 
@@ -371,7 +373,7 @@ class Batch:
                 levels[depth][id(each)] = each
         for level in levels:
             for prefix in level.values():
-                prefix.sequence = self._fork(prefix.parent)
+                prefix.sequence = self._fork(prefix.parent, prefix.length)
                 self._computed.append(prefix)
             sequences = [p.sequence for p in level.values() if p.sequence is not None]
             ids = [p.tokens[p.parent.length if p.parent else 0 :] for p in level.values()]

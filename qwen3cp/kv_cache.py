@@ -160,23 +160,29 @@ class PagedKVCache:
         """An empty sequence; it owns no page yet."""
         return Sequence(self)
 
-    def fork(self, sequence: Sequence) -> Sequence:
+    def fork(self, sequence: Sequence, *, new_tokens: int = 0) -> Sequence:
         """A new sequence with the same tokens. Full pages are shared, a partial one is copied.
 
+        Args:
+            new_tokens: reserve pages for so many more tokens, too.
+
         Raises:
-            KVCacheFullError: the last page is partial and no page is free for its copy.
+            KVCacheFullError: too few pages are free for the copy and the new tokens.
         """
         self.check([sequence])
         partial = sequence.length % self.page_size != 0
-        if partial:
-            self._require(1, "fork a sequence")
+        pages = self._pages_of(sequence.length)
+        count = partial + self._pages_of(sequence.length + new_tokens) - pages
+        self._require(count, "fork a sequence")
         twin = Sequence(self)
         twin._length = sequence.length
-        twin._pages = sequence._pages[: self._pages_of(sequence.length)]
+        twin._pages = sequence._pages[:pages]
         for page in twin._pages:
             self._references[page] += 1
+        own = self._take(count)
         if partial:
-            self._own_last_page(twin)
+            self._own_last_page(twin, own.pop(0))
+        twin._pages += own
         return twin
 
     def free(self, sequence: Sequence) -> None:
@@ -227,7 +233,7 @@ class PagedKVCache:
         for sequence, new in zip(sequences, new_lengths, strict=True):
             page = self._open_page(sequence)
             if page is not None and self._references[page] > 1:
-                self._own_last_page(sequence)
+                self._own_last_page(sequence, *self._take(1))
             missing = self._pages_of(sequence.length + new) - len(sequence._pages)
             if missing > 0:
                 after = sequence._pages[-1] if sequence._pages else -1
@@ -331,10 +337,10 @@ class PagedKVCache:
         full, partial = divmod(sequence.length, self.page_size)
         return sequence._pages[full] if partial else None
 
-    def _own_last_page(self, sequence: Sequence) -> None:
-        """Replaces the page of the sequence's last token by a copy of its own."""
+    def _own_last_page(self, sequence: Sequence, target: int) -> None:
+        """Makes the page of the sequence's last token a copy of its own, on a page just taken."""
         last = self._pages_of(sequence.length) - 1
-        source, (target,) = sequence._pages[last], self._take(1)
+        source = sequence._pages[last]
         for layer in self._layers:
             pages = layer.rows.view(2, -1, self.page_size, self.kv_width)
             pages[:, target] = pages[:, source]
@@ -349,6 +355,8 @@ class PagedKVCache:
             return self._free[start + count - 1] - self._free[start] == count - 1
 
         last = len(self._free) - count
+        if count == 0:
+            return []
         start = bisect(self._free, after)
         if not (start <= last and self._free[start] == after + 1 and follow(start)):
             start = next(filter(follow, range(last + 1)), 0)

@@ -41,27 +41,31 @@ def attend_rows(
         lse: float32 [n, N], written.
     """
     caches = _Caches(key, value, query.shape[2])
-    query = query.unflatten(1, (caches.num_heads, -1))  # [n, Nkv, G, D]
+    grouped = query.unflatten(1, (caches.num_heads, -1))  # [n, Nkv, G, D]
     block_size = key.shape[1]
-    start = [0] * len(lengths)  # the keys before it are done
+    start = [0] * len(lengths)  # the keys before it were read together
+    shared = []
     for first, end, count in _shared(blocks, lengths, block_size):
         keys, values, _ = caches.read([blocks[first][:count]], [count * block_size])
-        rows = query[first:end].transpose(0, 1).flatten(1, 2).unsqueeze(0)
-        result = _attend(rows, keys, values, None, scale)
-        out, out_lse = (x[0].unflatten(1, (end - first, -1)).transpose(0, 1) for x in result)
-        output[first:end], lse[first:end] = out.flatten(1, 2), out_lse.flatten(1, 2)
+        rows = grouped[first:end].transpose(0, 1).flatten(1, 2).unsqueeze(0)
+        parts = _attend(rows, keys, values, None, scale)
+        parts = (x[0].unflatten(1, (end - first, -1)).transpose(0, 1).flatten(1, 2) for x in parts)
+        shared.append((slice(first, end), *parts))
         start[first:end] = [count * block_size] * (end - first)
 
     left = [length - done for length, done in zip(lengths, start, strict=True)]
-    most_rows = _STACK_BYTES // key[0, 0].nbytes
-    for rows in _stacks(left, start, most_rows):
+    for rows in _stacks(left, _STACK_BYTES // key[0, 0].nbytes):
         own = [blocks[row][start[row] // block_size :] for row in rows]
         keys, values, bias = caches.read(own, [left[row] for row in rows])
-        out, out_lse = _attend(query[rows], keys, values, bias, scale)
-        out, out_lse = out.flatten(1, 2), out_lse.flatten(1, 2)
-        if start[rows[0]]:
-            out, out_lse = _merged(output[rows], lse[rows], out, out_lse)
-        output[rows], lse[rows] = out.to(output.dtype), out_lse
+        at = slice(rows[0], rows[0] + 1) if len(rows) == 1 else torch.tensor(rows)
+        out, out_lse = _attend(grouped[at], keys, values, bias, scale)
+        output[at], lse[at] = out.flatten(1, 2), out_lse.flatten(1, 2)
+
+    for seen, out, out_lse in shared:
+        for row in range(seen.start, seen.stop):
+            if left[row] == 0:
+                output[row], lse[row] = 0.0, -torch.inf
+        _merge_(output[seen], lse[seen], out, out_lse)
 
 
 def _shared(
@@ -83,22 +87,17 @@ def _shared(
         first = end
 
 
-def _stacks(left: Sequence[int], start: Sequence[int], most_keys: int) -> Iterator[list[int]]:
-    """Rows that go together, all of them or none with keys that are done."""
+def _stacks(lengths: Sequence[int], most_keys: int) -> Iterator[list[int]]:
+    """Rows that go together."""
     stack: list[int] = []
-    for row in sorted(range(len(left)), key=lambda row: (start[row] > 0, -left[row])):
-        if left[row] == 0:
-            continue
-        if stack:
-            longest = left[stack[0]]
-            full = longest > _SHORT_ROW or (len(stack) + 1) * longest > most_keys
-            if (
-                full
-                or left[row] < _LEAST_FULL * longest
-                or bool(start[row]) != bool(start[stack[0]])
-            ):
-                yield stack
-                stack = []
+    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+        if lengths[row] == 0:
+            break
+        longest = lengths[stack[0]] if stack else 0
+        is_full = longest > _SHORT_ROW or (len(stack) + 1) * longest > most_keys
+        if stack and (is_full or lengths[row] < _LEAST_FULL * longest):
+            yield stack
+            stack = []
         stack.append(row)
     if stack:
         yield stack
@@ -165,8 +164,9 @@ def _attend(
     )
 
 
-def _merged(a: Tensor, a_lse: Tensor, b: Tensor, b_lse: Tensor) -> tuple[Tensor, Tensor]:
-    """The attention to the keys of a and to those of b together, in float32."""
-    lse = torch.logaddexp(a_lse, b_lse)
-    of_a, of_b = ((x - lse).exp_().unsqueeze(-1) for x in (a_lse, b_lse))
-    return a.float().mul_(of_a).addcmul_(b.float(), of_b), lse
+def _merge_(output: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> None:
+    """Makes of the attention to some keys that to those of the other as well, in float32."""
+    total = torch.logaddexp(lse, other_lse)
+    weight, other_weight = ((x - total).exp_().unsqueeze(-1) for x in (lse, other_lse))
+    output.copy_(output.float().mul_(weight).addcmul_(other.float(), other_weight))
+    lse.copy_(total)
