@@ -62,7 +62,7 @@ MAX_ROWS = 256
 PREFILL_TOKENS = 4096
 NPU_MEMORY = 0.8
 """Of what the loaded model leaves free on an NPU, the share that the cache takes."""
-CPU_BYTES = 1 << 29
+CPU_BYTES = 1 << 30
 """Of the cache on a CPU."""
 REFUSED = (
     "assistant_model",

@@ -79,7 +79,7 @@ class CPQwen3MoeAttention(Qwen3MoeAttention):
             key, value = key[: plan.num_rows], value[: plan.num_rows]
         rotated = self._norm_and_rotate(linear(hidden, self.k_proj), self.k_norm, cos, sin)
         key.copy_(rotated.view(key.shape))
-        _linear_into(value, hidden, self.v_proj)
+        matmul(hidden, self.v_proj.weight.t(), out=value, bias=self.v_proj.bias)
         gather = collectives.kv_gather(
             packed, ctx, split=plan.is_split, head_dim=self.head_dim, layer=self.layer_idx
         )
@@ -139,11 +139,3 @@ def _check_plan(plan: ForwardPlan, hidden: torch.Tensor, ctx: ParallelContext) -
             f"hidden has the shape {tuple(hidden.shape)}, the plan has {plan.num_rows} rows on "
             "this rank: split them with plan.split"
         )
-
-
-def _linear_into(out: torch.Tensor, x: torch.Tensor, layer: torch.nn.Linear) -> None:
-    """layer(x), written to `out` without a copy."""
-    if layer.bias is None:
-        matmul(x, layer.weight.t(), out=out)
-    else:
-        torch.addmm(layer.bias, x, layer.weight.t(), out=out)

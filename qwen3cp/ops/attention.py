@@ -80,7 +80,12 @@ def fused_infer_attention_score(
         if not rows or not k.shape[0]:
             continue
         is_small = len(rows) * heads <= _FEW_ROWS * kv_heads or k.shape[0] <= _FEW_KEYS
-        attend = _attend_at_once if is_small and q.shape[2] == v.shape[2] else _attend_in_blocks
+        if q.shape[2] != v.shape[2]:
+            attend = _attend_in_blocks
+        elif _is_causal(call, request) and (is_small or _has_short_heads(q)):
+            attend = _attend_causally
+        else:
+            attend = _attend_at_once if is_small else _attend_in_blocks
         attend(call, request, rows, q, k, v, out, out_lse)
     return output, lse
 
@@ -149,6 +154,41 @@ def _read_pages(cache: Tensor, call: CheckedCall) -> Iterator[Tensor]:
             read = copies[:count]
             torch.index_select(pages, 0, torch.tensor(blocks, device=cache.device), out=read)
         yield read.flatten(0, 1)[:length]
+
+
+def _is_causal(call: CheckedCall, request: int) -> bool:
+    """Whether row i sees the keys up to i, and there are as many keys as rows."""
+    length = call.q_lengths[request]
+    low, high = call.visible(request)
+    is_square = call.kv_lengths[request] == length and high == 0 and low <= 1 - length
+    return is_square and call.mask is None and call.pse_shift is None
+
+
+def _has_short_heads(query: Tensor) -> bool:
+    """Whether in blocks a softmax would take longer than the products around it."""
+    return query.dtype == torch.float32 and query.shape[2] <= 64
+
+
+def _attend_causally(
+    call: CheckedCall,
+    request: int,
+    rows: range,
+    query: Tensor,  # (rows, N, D)
+    key: Tensor,  # (rows, Nkv, D)
+    value: Tensor,  # (rows, Nkv, D)
+    output: Tensor,  # (rows, N, D), written
+    lse: Tensor | None,  # (rows, N, 1), written
+) -> None:
+    """A prompt from its beginning: torch's flash attention, which rounds where the NPU rounds. The
+    heads that share keys are its batch."""
+    q = query.unflatten(1, (key.shape[1], -1)).permute(2, 1, 0, 3)  # (G, Nkv, rows, D)
+    k, v = (x.transpose(0, 1).expand(q.shape[0], -1, -1, -1) for x in (key, value))
+    result, result_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q, k, v, is_causal=True, scale=call.scale
+    )
+    output.copy_(result.permute(2, 1, 0, 3).flatten(1, 2))
+    if lse is not None:
+        lse[..., 0] = result_lse.permute(2, 1, 0).flatten(1, 2)
 
 
 def _attend_at_once(

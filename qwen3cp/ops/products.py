@@ -11,14 +11,20 @@ from qwen3cp.ops.settings import settings
 
 # From so many rows on, casting the weight costs less than it gains.
 _MANY_ROWS = 32
+# So many rows are cast at a time: all of a long prompt would set the peak of memory.
+_ROWS = 1024
 
 
-def matmul(x: Tensor, weight: Tensor, *, out: Tensor) -> None:
-    """out = x @ weight: [M, K] @ [K, N], where weight may be a transposed view."""
+def matmul(x: Tensor, weight: Tensor, *, out: Tensor, bias: Tensor | None = None) -> None:
+    """out = x @ weight + bias: [M, K] @ [K, N], where weight may be a transposed view."""
     if _as_it_is(x):
-        torch.mm(x, weight, out=out)
-    else:
-        out.copy_(torch.mm(x.float(), weight.float()))
+        _multiply(x, weight, bias, out)
+        return
+    weight, bias = weight.float(), None if bias is None else bias.float()
+    for rows, result in zip(x.split(_ROWS), out.split(_ROWS), strict=True):
+        product = result.new_empty(result.shape, dtype=torch.float32)
+        _multiply(rows.float(), weight, bias, product)
+        result.copy_(product)
 
 
 def linear(x: Tensor, layer: torch.nn.Linear, *, bias: bool = True) -> Tensor:
@@ -26,8 +32,16 @@ def linear(x: Tensor, layer: torch.nn.Linear, *, bias: bool = True) -> Tensor:
     added = layer.bias if bias else None
     if _as_it_is(x):
         return F.linear(x, layer.weight, added)
-    added = None if added is None else added.float()
-    return F.linear(x.float(), layer.weight.float(), added).to(x.dtype)
+    out = x.new_empty(x.shape[0], layer.out_features)
+    matmul(x, layer.weight.t(), out=out, bias=added)
+    return out
+
+
+def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    if bias is None:
+        torch.mm(x, weight, out=out)
+    else:
+        torch.addmm(bias, x, weight, out=out)
 
 
 def _as_it_is(x: Tensor) -> bool:

@@ -20,7 +20,7 @@ _COS_SHAPES = {
     },
     "interleave": {"BNSD": ("11SD",), "BSND": ("1S1D",), "SBND": ("S11D",), "TND": ("T1D",)},
 }
-_HALVES: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
+_HALVES: dict[str, Callable[[Tensor], tuple[Tensor, ...]]] = {
     "half": lambda x: x.chunk(2, dim=-1),
     "interleave": lambda x: (x[..., 0::2], x[..., 1::2]),
 }
