@@ -79,6 +79,7 @@ class CPQwen3MoeAttention(Qwen3MoeAttention):
             key, value = key[: plan.num_rows], value[: plan.num_rows]
         rotated = self._norm_and_rotate(linear(hidden, self.k_proj), self.k_norm, cos, sin)
         key.copy_(rotated.view(key.shape))
+        del rotated
         matmul(hidden, self.v_proj.weight.t(), out=value, bias=self.v_proj.bias)
         gather = collectives.kv_gather(
             packed, ctx, split=plan.is_split, head_dim=self.head_dim, layer=self.layer_idx
@@ -89,6 +90,7 @@ class CPQwen3MoeAttention(Qwen3MoeAttention):
 
         torch.ops.npu.npu_scatter_nd_update_(kv.rows, plan.slots, gather.wait())
         attended = self._attend(query, plan, kv)
+        del packed, key, value, query
         partial = linear(attended.flatten(1), self.o_proj, bias=ctx.tp_rank == 0)
         return collectives.all_reduce(partial, ctx, in_place=True, layer=self.layer_idx)
 
@@ -96,9 +98,11 @@ class CPQwen3MoeAttention(Qwen3MoeAttention):
         self, projected: torch.Tensor, norm: torch.nn.Module, cos: torch.Tensor, sin: torch.Tensor
     ) -> torch.Tensor:
         """[T, heads * D] -> [1, T, heads, D]"""
-        heads = projected.view(1, -1, projected.shape[1] // self.head_dim, self.head_dim)
-        normed = torch.ops.npu.npu_rms_norm(heads, norm.weight, norm.variance_epsilon)[0]
-        return torch.ops.npu.npu_rotary_mul(normed, cos, sin)
+        # one name for all, so that no step holds more than what it reads and what it makes
+        x = projected.view(1, -1, projected.shape[1] // self.head_dim, self.head_dim)
+        del projected
+        x = torch.ops.npu.npu_rms_norm(x, norm.weight, norm.variance_epsilon)[0]
+        return torch.ops.npu.npu_rotary_mul(x, cos, sin)
 
     def _attend(self, query_TND: torch.Tensor, plan: ForwardPlan, kv: LayerKV) -> torch.Tensor:
         """[T, N, D] -> [T, N, D], in one call unless the plan had to split it."""
