@@ -170,6 +170,8 @@ class PagedKVCache:
             KVCacheFullError: too few pages are free for the copy and the new tokens.
         """
         self.check([sequence])
+        if new_tokens < 0:
+            raise InputError(f"new_tokens must not be negative, got {new_tokens}")
         partial = sequence.length % self.page_size != 0
         pages = self._pages_of(sequence.length)
         count = partial + self._pages_of(sequence.length + new_tokens) - pages
@@ -351,12 +353,13 @@ class PagedKVCache:
         """Free pages: those that follow the page `after`, or at least each other, if there are
         such, since a CPU reads them without a copy; else the lowest."""
 
+        if count == 0:
+            return []
+
         def follow(start: int) -> bool:
             return self._free[start + count - 1] - self._free[start] == count - 1
 
         last = len(self._free) - count
-        if count == 0:
-            return []
         start = bisect(self._free, after)
         if not (start <= last and self._free[start] == after + 1 and follow(start)):
             start = next(filter(follow, range(last + 1)), 0)

@@ -206,14 +206,26 @@ class CacheMachine(RuleBasedStateMachine):
             assert len(sequence.pages) == pages_for(sequence.length)
 
     @precondition(lambda self: self.tokens and len(self.tokens) < 8)
-    @rule(data=st.data(), dropped=st.sampled_from([0, 0, 1, 28]))
-    def fork(self, data, dropped):
+    @rule(
+        data=st.data(),
+        dropped=st.sampled_from([0, 0, 1, 28]),
+        new_tokens=st.sampled_from([0, 0, 1, 200]),
+    )
+    def fork(self, data, dropped, new_tokens):
         sequence = self.any_of_them(data)
         twins = []
-        copies = 1 if sequence.length % PAGE else 0
+        full = sequence.length // PAGE
+        needed = max(pages_for(sequence.length), pages_for(sequence.length + new_tokens)) - full
         free = self.cache.num_free_pages
-        if self.attempt(copies, lambda: twins.append(self.cache.fork(sequence))):
-            assert self.cache.num_free_pages == free - copies
+
+        def fork() -> None:
+            twins.append(self.cache.fork(sequence, new_tokens=new_tokens))
+
+        if self.attempt(needed, fork):
+            assert self.cache.num_free_pages == free - needed
+            self.cache.reserve(twins, [new_tokens])
+            assert self.cache.num_free_pages == free - needed
+            self.cache.cancel(twins)
             self.tokens[twins[0]] = list(self.tokens[sequence])
             self.truncate_to(twins[0], max(0, sequence.length - dropped))
 
@@ -312,6 +324,41 @@ def test_a_fork_leaves_out_pages_that_are_only_reserved():
     assert twin.pages == sequence.pages[:1]
     cache.cancel([sequence])
     assert sequence.pages == twin.pages
+
+
+def test_a_fork_with_room_for_tokens():
+    cache = new_cache(num_pages=9)
+    sequence, other = cache.new_sequence(), cache.new_sequence()
+    append(cache, sequence, list(range(PAGE + 1)))
+    append(cache, other, [1])
+    append(cache, sequence, list(range(PAGE)))
+    assert sequence.pages == (1, 2, 4)
+    cache.free(other)
+    twin = cache.fork(sequence, new_tokens=2 * PAGE)
+    assert twin.pages == (1, 2, 5, 6, 7)  # the copy and what follows it
+    assert_holds(cache, twin, [*range(PAGE + 1), *range(PAGE)])
+    with pytest.raises(KVCacheFullError, match="3 pages .* fork a sequence, .* only 2 of 8"):
+        cache.fork(sequence, new_tokens=2 * PAGE)
+    with pytest.raises(InputError, match="new_tokens must not be negative, got -1"):
+        cache.fork(sequence, new_tokens=-1)
+    assert cache.num_free_pages == 2
+
+
+def test_pages_follow_each_other_where_they_can():
+    cache = new_cache(num_pages=10)
+    sequences = [cache.new_sequence() for _ in range(4)]
+    cache.reserve(sequences, [1, 3 * PAGE, 1, 1])
+    assert [s.pages for s in sequences] == [(1,), (2, 3, 4), (5,), (6,)]
+    for freed in (0, 2):
+        cache.free(sequences[freed])
+    assert cache.num_free_pages == 5  # 1, 5, 7, 8, 9
+    cache.reserve([sequences[1]], [4 * PAGE])
+    assert sequences[1].pages == (2, 3, 4, 5)
+    long = cache.new_sequence()
+    cache.reserve([long], [2 * PAGE])
+    assert long.pages == (7, 8)
+    cache.reserve([long], [4 * PAGE])  # nothing follows: the lowest
+    assert long.pages == (7, 8, 1, 9)
 
 
 def test_appending_inside_a_shared_page_copies_it_first():
