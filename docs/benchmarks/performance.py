@@ -91,7 +91,17 @@ def main(
 def measure(step: str, model: Path, part: Path, repeats: int, shrink: int) -> None:
     if step in BENCH:
         arguments = [shrunk(argument, shrink) for argument in BENCH[step]]
-        run("bench", str(model), *arguments, f"--repeats={repeats}", f"--output={part}")
+        # glibc keeps freed blocks of up to 32 MiB for later, unless it is told from which size on to
+        # give them back: the peak of memory is to be what is in use at a time.
+        environment = {"MALLOC_MMAP_THRESHOLD_": str(1 << 24)} if step == "cp" else {}
+        run(
+            "bench",
+            str(model),
+            *arguments,
+            f"--repeats={repeats}",
+            f"--output={part}",
+            **environment,
+        )
         return
     arguments = [f"--model={model}", f"--repeats={repeats}", f"--shrink={shrink}"]
     arguments += [f"--only={step}", f"--output={part}"]
@@ -104,11 +114,9 @@ def measure(step: str, model: Path, part: Path, repeats: int, shrink: int) -> No
     subprocess.run([sys.executable, __file__, *arguments], check=True)
 
 
-def run(*arguments: str) -> None:
-    # glibc keeps freed blocks of up to 32 MiB, unless it is told from which size on to give them
-    # back: so that the peak of a process is what is in use, not what was at different times
-    environment = {"MALLOC_MMAP_THRESHOLD_": str(1 << 20), **os.environ}
-    subprocess.run([sys.executable, "-m", "qwen3cp.cli", *arguments], check=True, env=environment)
+def run(*arguments: str, **environment: str) -> None:
+    command = [sys.executable, "-m", "qwen3cp.cli", *arguments]
+    subprocess.run(command, check=True, env=os.environ | environment)
 
 
 def shrunk(argument: str, by: int) -> str:
