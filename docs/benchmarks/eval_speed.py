@@ -75,7 +75,7 @@ def measure(way: str, limit: int, num_fewshot: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--limit", type=int, default=200, help="documents")
-    parser.add_argument("--num-fewshot", type=int, default=0)
+    parser.add_argument("--num-fewshot", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", type=Path, help="where to write all that was measured")
     parser.add_argument("--way", choices=COMMANDS, help=argparse.SUPPRESS)

@@ -91,8 +91,8 @@ def main(
 def measure(step: str, model: Path, part: Path, repeats: int, shrink: int) -> None:
     if step in BENCH:
         arguments = [shrunk(argument, shrink) for argument in BENCH[step]]
-        # glibc keeps freed blocks of up to 32 MiB for later, unless it is told from which size on to
-        # give them back: the peak of memory is to be what is in use at a time.
+        # glibc keeps freed blocks of up to 32 MiB for later, unless it is told from which size on
+        # to give them back: the peak of memory is to be what is in use at a time.
         environment = {"MALLOC_MMAP_THRESHOLD_": str(1 << 24)} if step == "cp" else {}
         run(
             "bench",
