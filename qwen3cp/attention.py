@@ -90,7 +90,7 @@ class CPQwen3MoeAttention(Qwen3MoeAttention):
 
         torch.ops.npu.npu_scatter_nd_update_(kv.rows, plan.slots, gather.wait())
         attended = self._attend(query, plan, kv)
-        del packed, key, value, query
+        del packed, key, value, query  # not held beside the sum
         partial = linear(attended.flatten(1), self.o_proj, bias=ctx.tp_rank == 0)
         return collectives.all_reduce(partial, ctx, in_place=True, layer=self.layer_idx)
 
