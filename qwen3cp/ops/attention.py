@@ -47,6 +47,7 @@ def fused_infer_attention_score(
         return output, lse
 
     heads, kv_heads = call.num_heads, call.num_kv_heads
+    blocks = [] if call.block_table is None else _blocks(call, len(key))
     if _is_row_each(call, key, value):
         rows = query.view(len(call.kv_lengths), heads, -1)
         row_lse = lse if call.with_lse else lse.new_empty(len(rows) * heads)
@@ -54,7 +55,7 @@ def fused_infer_attention_score(
             rows,
             key,
             value,
-            _blocks(call, key),
+            blocks,
             call.kv_lengths,
             call.scale,
             output.view(rows.shape),
@@ -71,7 +72,7 @@ def fused_infer_attention_score(
         keys = _per_request(key, call.query_layout, kv_heads, call.kv_lengths)
         values = _per_request(value, call.query_layout, kv_heads, call.kv_lengths)
     else:
-        keys, values = _read_pages(key, call), _read_pages(value, call)
+        keys, values = (_read_pages(cache, blocks, call) for cache in (key, value))
     requests = zip(queries, keys, values, outputs, lses, strict=True)
     for request, (q, k, v, out, out_lse) in enumerate(requests):
         low, high = call.visible(request)
@@ -80,12 +81,11 @@ def fused_infer_attention_score(
         if not rows or not k.shape[0]:
             continue
         is_small = len(rows) * heads <= _FEW_ROWS * kv_heads or k.shape[0] <= _FEW_KEYS
-        if q.shape[2] != v.shape[2]:
-            attend = _attend_in_blocks
-        elif _is_causal(call, request) and (is_small or _has_short_heads(q)):
-            attend = _attend_causally
-        else:
-            attend = _attend_at_once if is_small else _attend_in_blocks
+        can_flash = q.shape[2] == v.shape[2]
+        if can_flash and _is_causal(call, request) and (is_small or _has_short_heads(q)):
+            _attend_causally(q, k, v, call.scale, out, out_lse)
+            continue
+        attend = _attend_at_once if is_small and can_flash else _attend_in_blocks
         attend(call, request, rows, q, k, v, out, out_lse)
     return output, lse
 
@@ -117,8 +117,8 @@ def _is_row_each(call: CheckedCall, key: Tensor, value: Tensor) -> bool:
     )
 
 
-def _blocks(call: CheckedCall, cache: Tensor) -> list[list[int]]:
-    """The blocks of each request's keys."""
+def _blocks(call: CheckedCall, num_blocks: int) -> list[list[int]]:
+    """The blocks of each request's keys, of so many that a cache has."""
     assert call.block_table is not None
     blocks = [
         row[: -(-length // call.block_size)] if rows else []
@@ -127,21 +127,22 @@ def _blocks(call: CheckedCall, cache: Tensor) -> list[list[int]]:
         )
     ]
     used = [block for row in blocks for block in row]
-    if used and not 0 <= min(used) <= max(used) < len(cache):
+    if used and not 0 <= min(used) <= max(used) < num_blocks:
         raise IndexError(
-            f"{OP}: block_table has blocks {min(used)}..{max(used)}, the cache has {len(cache)}"
+            f"{OP}: block_table has blocks {min(used)}..{max(used)}, the cache has {num_blocks}"
         )
     return blocks
 
 
-def _read_pages(cache: Tensor, call: CheckedCall) -> Iterator[Tensor]:
+def _read_pages(
+    cache: Tensor, all_blocks: Sequence[Sequence[int]], call: CheckedCall
+) -> Iterator[Tensor]:
     """(length, Nkv, D) of each request: views where its pages follow each other, else copies, which
     last until the next request is read."""
     if cache.dim() == 4:  # (blocks, Nkv, block_size, D)
         pages = cache.transpose(1, 2)
     else:  # (blocks, block_size, Nkv * D)
         pages = cache.unflatten(2, (call.num_kv_heads, -1))
-    all_blocks = _blocks(call, cache)
     longest = max(map(len, all_blocks))
     copies: Tensor | None = None
     for blocks, length in zip(all_blocks, call.kv_lengths, strict=True):
@@ -170,12 +171,10 @@ def _has_short_heads(query: Tensor) -> bool:
 
 
 def _attend_causally(
-    call: CheckedCall,
-    request: int,
-    rows: range,
     query: Tensor,  # (rows, N, D)
     key: Tensor,  # (rows, Nkv, D)
     value: Tensor,  # (rows, Nkv, D)
+    scale: float,
     output: Tensor,  # (rows, N, D), written
     lse: Tensor | None,  # (rows, N, 1), written
 ) -> None:
@@ -184,7 +183,7 @@ def _attend_causally(
     q = query.unflatten(1, (key.shape[1], -1)).permute(2, 1, 0, 3)  # (G, Nkv, rows, D)
     k, v = (x.transpose(0, 1).expand(q.shape[0], -1, -1, -1) for x in (key, value))
     result, result_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        q, k, v, is_causal=True, scale=call.scale
+        q, k, v, is_causal=True, scale=scale
     )
     output.copy_(result.permute(2, 1, 0, 3).flatten(1, 2))
     if lse is not None:

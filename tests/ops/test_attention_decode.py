@@ -136,13 +136,12 @@ class Copied(TorchDispatchMode):
 def test_what_is_copied(lengths, tables, rows, products):
     query, key, value = inputs(lengths, tables, torch.float32, 0)
     calls = Copied()
-    blocks = [list(table) for table in tables]
     with calls:
         attention_decode.attend_rows(
             query,
             key,
             value,
-            blocks,
+            tables,
             lengths,
             0.125,
             torch.empty_like(query),
