@@ -161,7 +161,7 @@ class CPQwen3LM(_HFLM):
         batch_size: documents in the batch; "auto" is as many as the cache has room for, up to
             max_batch_size.
         cache_tokens: tokens of the KV cache, on each rank; None is by the free memory on an NPU and
-            512 MiB on a CPU, the same on all ranks.
+            1 GiB on a CPU, the same on all ranks.
         prefill_tokens: tokens of one prefill; longer prompts are run in chunks.
         think_end_token, enable_thinking, chat_template_args, add_bos_token, prefix_token_id,
         truncation, use_fast_tokenizer, trust_remote_code: as of `hf`; code of a repository is only
