@@ -6,6 +6,7 @@ make the same ones. What can be checked only with the data in hand is checked by
 
 from collections.abc import Callable, Iterator
 from functools import wraps
+from itertools import repeat
 from typing import NamedTuple, ParamSpec, TypeVar
 
 import torch
@@ -74,9 +75,12 @@ def refuse(op: str, **arguments: object) -> None:
             raise NotImplementedError(f"{op}: {name} is not supported and must be None")
 
 
-def poison_unwritten_(tensor: Tensor) -> None:
-    """In debug mode, make visible that the NPU leaves this memory uninitialised."""
-    if settings.debug and tensor.numel():
+def poison_unwritten_(tensor: Tensor, start: int = 0) -> None:
+    """In debug mode, make visible that the NPU leaves the rows from start on uninitialised."""
+    if not settings.debug:
+        return
+    tensor = tensor[start:]
+    if tensor.numel():
         if tensor.is_floating_point():
             tensor.fill_(torch.nan)
         else:
@@ -87,9 +91,19 @@ def poison_unwritten_(tensor: Tensor) -> None:
 _BLOCK_ELEMENTS = 1 << 17
 
 
-def row_blocks(x: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """The tensors in runs of as many rows (of the first dimension) as are worked on at a time."""
-    if x.numel() <= _BLOCK_ELEMENTS:
+def fits_block(x: Tensor) -> bool:
+    """Whether `row_blocks` leaves x whole."""
+    return x.numel() <= _BLOCK_ELEMENTS
+
+
+def row_blocks(x: Tensor, *others: Tensor, dim: int = 0) -> Iterator[tuple[Tensor, ...]]:
+    """The tensors in runs of as many rows (entries of dim) as are worked on at a time.
+
+    What has only one row is in every run.
+    """
+    if fits_block(x):
         return iter([(x, *others)])
-    step = max(1, _BLOCK_ELEMENTS * x.shape[0] // x.numel())
-    return zip(*(each.split(step) for each in (x, *others)), strict=True)
+    rows = x.shape[dim]
+    step = max(1, _BLOCK_ELEMENTS * rows // x.numel())
+    runs = (repeat(each) if each.shape[dim] == 1 else each.split(step, dim) for each in others)
+    return zip(x.split(step, dim), *runs, strict=False)

@@ -10,11 +10,12 @@ from qwen3cp.ops.checks import Kernel, check_float, refuse, row_blocks
 
 _OP = "npu_rotary_mul"
 
-# Layouts of the input, each with the shapes that cos and sin may have in it ("1" broadcasts).
+# Layouts of the input, each with the shapes that cos and sin may have in it ("1" broadcasts). They
+# are tried in this order: first that of the model.
 _COS_SHAPES = {
     "half": {
-        "BNSD": ("11SD", "B1SD", "BNSD"),
         "BSND": ("1S1D", "BS1D", "BSND"),
+        "BNSD": ("11SD", "B1SD", "BNSD"),
         "SBND": ("S11D", "SB1D", "SBND"),
         "TND": ("T1D", "TND"),
     },
@@ -85,9 +86,9 @@ def rotary_mul(
     out = input.new_empty(input.shape)
     # cos and sin of another dtype are first cast to that of the input.
     halves = _HALVES[rotary_mode]
-    cos, sin = (r.to(input.dtype).float().expand(input.shape) for r in (r1, r2))
-    dim = max(range(input.dim() - 1), key=lambda d: input.shape[d])  # blocks are cut from it
-    for x, y, c, s in row_blocks(*(each.transpose(0, dim) for each in (input, out, cos, sin))):
+    cos, sin = (r.to(input.dtype).float() for r in (r1, r2))
+    longest = max(range(input.dim() - 1), key=lambda d: input.shape[d])
+    for x, y, c, s in row_blocks(input, out, cos, sin, dim=longest):
         x = x.float()
         rotated = torch.mul(x, c, out=y if y.dtype == torch.float32 else None)
         (x_a, x_b), (s_a, s_b), (a, b) = (halves(each) for each in (x, s, rotated))
