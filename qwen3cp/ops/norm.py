@@ -6,25 +6,29 @@ import torch
 from torch import Tensor
 
 from qwen3cp.ops import rules
-from qwen3cp.ops.checks import Kernel, check_dtype, check_float, check_shape, row_blocks
+from qwen3cp.ops.checks import Kernel, check_dtype, check_float, check_shape, fits_block, row_blocks
 from qwen3cp.ops.rules import Rule
 
 
 def _normalise(x: Tensor, epsilon: float, rstd: Tensor, out: Tensor) -> Tensor:
     """x / sqrt(mean(x^2) + epsilon) of each row, in float32; rstd and out are written."""
     torch.linalg.vector_norm(x, dim=-1, keepdim=True, out=rstd)  # one pass over x
-    rstd.square_().div_(x.shape[-1]).add_(epsilon).rsqrt_()
+    rstd.mul_(rstd).div_(x.shape[-1]).add_(epsilon).rsqrt_()
     return torch.mul(x, rstd, out=out)
 
 
 def _rows(gamma: Tensor, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Blocks of rows, each of what gamma spans, and of their rstd, which comes last."""
+    if gamma.dim() == 1 and fits_block(tensors[0]):
+        return iter([tensors])
     *whole, rstd = tensors
-    return row_blocks(*(x.reshape(-1, gamma.numel()) for x in whole), rstd.view(-1, 1))
+    size = gamma.numel()
+    return row_blocks(*(x.reshape(-1, size) for x in whole), rstd.view(-1, 1))
 
 
-def _rstd_shape(x: Tensor, gamma: Tensor) -> tuple[int, ...]:
-    return (*x.shape[: x.dim() - gamma.dim()], *(1 for _ in gamma.shape))
+def _new_rstd(x: Tensor, gamma: Tensor) -> Tensor:
+    shape = (*x.shape[: x.dim() - gamma.dim()], *(1 for _ in gamma.shape))
+    return x.new_empty(shape, dtype=torch.float32)
 
 
 def _check_gamma(rule: Rule, x: Tensor, gamma: Tensor) -> None:
@@ -41,8 +45,7 @@ def _check_rms_norm(input: Tensor, gamma: Tensor, epsilon: float = 1e-06) -> Non
 
 def rms_norm(input: Tensor, gamma: Tensor, epsilon: float = 1e-06) -> tuple[Tensor, Tensor]:
     """Returns (normalised input, rstd). Everything in float32, rounded once, at the end."""
-    _check_rms_norm(input, gamma)
-    out, rstd = _rms_norm_meta(input, gamma, epsilon)
+    out, rstd = _rms_norm_meta(input, gamma, epsilon)  # makes the checks
     scale = gamma.float().view(-1)
     for x, y, r in _rows(gamma, input, out, rstd):
         x = x.float()
@@ -53,8 +56,7 @@ def rms_norm(input: Tensor, gamma: Tensor, epsilon: float = 1e-06) -> tuple[Tens
 
 def _rms_norm_meta(input: Tensor, gamma: Tensor, epsilon: float = 1e-06) -> tuple[Tensor, Tensor]:
     _check_rms_norm(input, gamma)
-    rstd = input.new_empty(_rstd_shape(input, gamma), dtype=torch.float32)
-    return input.new_empty(input.shape), rstd
+    return input.new_empty(input.shape), _new_rstd(input, gamma)
 
 
 def _check_add_rms_norm(x1: Tensor, x2: Tensor, gamma: Tensor, epsilon: float = 1e-06) -> None:
@@ -71,12 +73,16 @@ def add_rms_norm(
     Unlike npu_rms_norm this rounds twice, before and after the product with gamma. The sum is
     normalised before it is rounded.
     """
-    _check_add_rms_norm(x1, x2, gamma)
-    out, rstd, total = _add_rms_norm_meta(x1, x2, gamma, epsilon)
+    out, rstd, total = _add_rms_norm_meta(x1, x2, gamma, epsilon)  # makes the checks
+    scale = gamma.reshape(-1)
     for a, b, y, added, r in _rows(gamma, x1, x2, out, total, rstd):
-        x = a.to(torch.float32, copy=True).add_(b)
-        added.copy_(x)
-        torch.mul(_normalise(x, epsilon, r, out=x).to(y.dtype), gamma.view(-1), out=y)
+        if y.dtype == torch.float32:
+            normalised = _normalise(torch.add(a, b, out=added), epsilon, r, out=y)
+        else:
+            x = a.float().add_(b.float())
+            added.copy_(x)
+            normalised = _normalise(x, epsilon, r, out=x).to(y.dtype)
+        torch.mul(normalised, scale, out=y)
     return out, rstd, total
 
 
@@ -84,8 +90,7 @@ def _add_rms_norm_meta(
     x1: Tensor, x2: Tensor, gamma: Tensor, epsilon: float = 1e-06
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check_add_rms_norm(x1, x2, gamma)
-    rstd = x1.new_empty(_rstd_shape(x1, gamma), dtype=torch.float32)
-    return x1.new_empty(x1.shape), rstd, x1.new_empty(x1.shape)
+    return x1.new_empty(x1.shape), _new_rstd(x1, gamma), x1.new_empty(x1.shape)
 
 
 KERNELS = {
