@@ -34,6 +34,8 @@ COUNTS = 1
 KEY_VALUE = 2
 _MAX_EXPERTS = 10240
 
+_SUM = 0  # the mode of torch.embedding_bag
+
 # dtype arguments reach a kernel as these numbers
 _DTYPE_NUMBERS = {torch.float32: 6, torch.bfloat16: 15}
 
@@ -197,11 +199,7 @@ def init_routing_v2(
     call = _check_routing(x, expert_idx, **options)
     start, end, scale = call.start, call.end, call.scale
     num_pairs = expert_idx.numel()
-    flat = expert_idx.reshape(-1)
-    is_active = (flat >= start) & (flat < end)
-    experts, order = torch.where(is_active, flat, end).sort(stable=True)
-    active = int(is_active.sum())
-    experts, order = experts[:active], order[:active]
+    experts, order, active = _sort_active(expert_idx.reshape(-1), start, end)
     tokens = order // expert_idx.shape[1]
 
     expanded_scale = x.new_empty(num_pairs, dtype=torch.float32)
@@ -217,21 +215,35 @@ def init_routing_v2(
         if scale is not None:
             expanded_scale[:active] = scale[tokens]
     has_scale = call.quantise or scale is not None
-    poison_unwritten_(expanded_x[active:])
-    poison_unwritten_(expanded_scale[active if has_scale else 0 :])
+    poison_unwritten_(expanded_x, active)
+    poison_unwritten_(expanded_scale, active if has_scale else 0)
 
     if call.row_idx_type == 0:
         expanded_row_idx = expert_idx.new_full((num_pairs,), -1)
-        expanded_row_idx[order] = torch.arange(active, dtype=torch.int32, device=x.device)
+        rows = torch.arange(active, dtype=torch.int32, device=x.device)
+        expanded_row_idx.scatter_(0, order, rows)
     else:
         expanded_row_idx = expert_idx.new_empty(num_pairs)
         expanded_row_idx[:active] = order.to(torch.int32)
-        poison_unwritten_(expanded_row_idx[active:])
+        poison_unwritten_(expanded_row_idx, active)
 
-    counts = torch.bincount(experts - start, minlength=end - start)
+    counts = torch.bincount(experts - start if start else experts, minlength=end - start)
     if call.num_type == KEY_VALUE:
         counts = _key_value(counts, start, call.expert_num)
     return expanded_x, expanded_row_idx, counts, expanded_scale
+
+
+def _sort_active(flat: Tensor, start: int, end: int) -> tuple[Tensor, Tensor, int]:
+    """The experts of start..end in order, the flat index of each, and how many they are."""
+    active = flat.numel()
+    low, high = flat.aminmax() if active else (start, start)
+    if start <= int(low) and int(high) < end:  # all are, as on a rank that has all experts
+        experts, order = flat.sort(stable=True)
+        return experts, order, active
+    is_active = (flat >= start) & (flat < end)
+    experts, order = torch.where(is_active, flat, end).sort(stable=True)
+    active = int(is_active.sum())
+    return experts[:active], order[:active], active
 
 
 def _key_value(counts: Tensor, start: int, expert_num: int) -> Tensor:
@@ -240,7 +252,7 @@ def _key_value(counts: Tensor, start: int, expert_num: int) -> Tensor:
     pairs = counts.new_empty(expert_num, 2)
     pairs[: len(busy)] = torch.stack((busy + start, counts[busy]), dim=1)
     pairs[len(busy) : len(busy) + 1] = 0
-    poison_unwritten_(pairs[len(busy) + 1 :])
+    poison_unwritten_(pairs, len(busy) + 1)
     return pairs
 
 
@@ -397,7 +409,7 @@ def grouped_matmul(x: Sequence[Tensor], weight: Sequence[Tensor], **options) -> 
         else:
             out_group.copy_(torch.addmm(bias[expert], group.float(), experts[expert].float()))
         start += size
-    poison_unwritten_(out[start:])
+    poison_unwritten_(out, start)
     return [out]
 
 
@@ -493,23 +505,28 @@ def token_unpermute(
     out = permuted_tokens.new_empty(num_tokens, hidden)
     if num_rows == 0:
         return out.zero_()
+    if num_tokens == 0:
+        return out
     indices = sorted_indices.view(num_tokens, num_choices)
-    if indices.numel() and int(indices.min()) < 0:
+    low, high = indices.aminmax()
+    if int(low) < 0:
         raise rules.UNPERMUTE_INDEX.broken("sorted_indices has negative entries")
     if probs is None:
         probs = indices.new_ones(indices.shape, dtype=torch.float32)
-    skip = (indices >= num_rows) | (probs == 0)
-    some_skipped = bool(skip.any())
-    indices = indices.clamp(max=num_rows - 1)
+    some_skipped = int(high) >= num_rows or not bool(probs.all())
     is_float = permuted_tokens.dtype == torch.float32
-    for y, index, weight, skipped in row_blocks(out, indices, probs.float(), skip):
-        rows = permuted_tokens
+    for y, index, weight in row_blocks(out, indices, probs.float()):
+        rows, index, weight = permuted_tokens, index.reshape(-1), weight.reshape(-1)
         if some_skipped or not is_float:
-            rows = rows.index_select(0, index.reshape(-1)).float()
+            rows = rows.index_select(0, index.clamp(max=num_rows - 1)).float()
             if some_skipped:
-                rows.masked_fill_(skipped.reshape(-1, 1), 0.0)
-            index = torch.arange(index.numel(), device=index.device).view_as(index)
-        y.copy_(F.embedding_bag(index, rows, mode="sum", per_sample_weights=weight))
+                skipped = (index >= num_rows) | (weight == 0)
+                rows.masked_fill_(skipped.unsqueeze(1), 0.0)
+            index = torch.arange(len(index), dtype=torch.int32, device=index.device)
+        starts = torch.arange(0, len(index), num_choices, dtype=torch.int32, device=index.device)
+        # what F.embedding_bag calls after checks that cost more than a few rows' sum
+        sums = torch.embedding_bag(rows, index, starts, False, _SUM, False, weight)
+        y.copy_(sums[0])
     return out
 
 
