@@ -34,7 +34,7 @@ def scatter_nd_update_(input: Tensor, indices: Tensor, updates: Tensor) -> Tenso
         return input
     columns = rows.unbind(1)
     for column, size in zip(columns, input.shape, strict=False):
-        low, high = int(column.min()), int(column.max())
+        low, high = (int(end) for end in column.aminmax())
         if low < 0 or high >= size:
             raise rules.SCATTER_RANGE.broken(f"indices {low}..{high} do not fit a size of {size}")
     if settings.debug and rows.unique(dim=0).shape[0] != rows.shape[0]:
