@@ -244,12 +244,12 @@ def _attend_in_blocks(
     """Many rows: one head of keys at a time, and of its rows a block, all visible keys at once."""
     num_keys, num_kv_heads, _ = key.shape
     group = call.num_heads // num_kv_heads
-    low, high = call.visible(request)
     dtype = torch.float32 if settings.float32_scores else settings.product_dtype(query.dtype)
     block_rows = _BLOCK_BYTES // (dtype.itemsize * num_keys)
     block_rows = min(max(block_rows, _MIN_BLOCK_ROWS), _MAX_BLOCK_ROWS)
     block_rows = max(1, block_rows // group)
     buffer = query.new_empty(block_rows * group * num_keys, dtype=dtype)
+    blocks = list(_blocks_of_rows(call, request, rows, num_keys, block_rows))
     seen_masks: dict[tuple[int, int, int], Tensor | None] = {}
 
     def mask_of(block: range, part: range) -> Tensor | None:
@@ -263,47 +263,54 @@ def _attend_in_blocks(
 
     for head in range(num_kv_heads):
         heads = slice(head * group, (head + 1) * group)
+        q = query[rows.start : rows.stop, heads].to(dtype).flatten(0, 1)  # (rows * G, D)
         k = key[:, head].to(dtype).t().contiguous()  # (D, keys), the quicker form for a product
         v = value[:, head].to(dtype).contiguous()
-        for start in range(rows.start, rows.stop, block_rows):
-            end = min(start + block_rows, rows.stop)
-            keys = range(max(0, start + low), min(num_keys, end + high))
-            block = range(start, end)
-            q = query[start:end, heads].to(dtype).reshape(-1, k.shape[0])
-            scores = buffer[: q.shape[0] * len(keys)].view(q.shape[0], -1)
+        sums = v.new_empty(q.shape[0], v.shape[1])
+        q_blocks, sum_blocks = q.split(block_rows * group), sums.split(block_rows * group)
+        for (block, keys, parts), q_block, result in zip(blocks, q_blocks, sum_blocks, strict=True):
+            scores = buffer[: len(q_block) * len(keys)].view(-1, len(keys))
             k_seen, v_seen = k[:, keys.start : keys.stop], v[keys.start : keys.stop]
-            torch.addmm(scores, q, k_seen, beta=0, alpha=call.scale, out=scores)
-            by_row = scores.view(len(block), group, len(keys))
+            torch.addmm(scores, q_block, k_seen, beta=0, alpha=call.scale, out=scores)
+            by_row = scores.view(-1, group, len(keys))
             if call.pse_shift is not None:
                 by_row += _pse(call, request, block, keys)[heads].transpose(0, 1)
             masked = None
-            for part in _partly_visible(call, block, keys, low, high):
+            for part in parts:
                 masked = mask_of(block, part)
-                columns = slice(part.start - keys.start, part.stop - keys.start)
                 if masked is not None:
-                    by_row[..., columns].masked_fill_(masked.unsqueeze(1), torch.finfo(dtype).min)
-            if lse is not None:
-                lse[start:end, heads, 0] = scores.float().logsumexp(-1).view(-1, group)
-            result = _weighted_sum(scores, v_seen, query.dtype)
-            output[start:end, heads] = result.view(-1, group, v.shape[1])
-            _zero_masked_rows(
-                call,
-                masked,
-                output[start:end, heads],
-                None if lse is None else lse[start:end, heads],
-            )
+                    hidden = by_row.narrow(2, part.start - keys.start, len(part))
+                    hidden.masked_fill_(masked.unsqueeze(1), torch.finfo(dtype).min)
+            block_lse = None if lse is None else lse[block.start : block.stop, heads]
+            if block_lse is not None:
+                block_lse[..., 0] = scores.float().logsumexp(-1).view(-1, group)
+            _weighted_sum(scores, v_seen, query.dtype, out=result)
+            _zero_masked_rows(call, masked, result.view(len(block), group, -1), block_lse)
+        output[rows.start : rows.stop, heads] = sums.view(len(rows), group, -1)
 
 
-def _weighted_sum(scores: Tensor, value: Tensor, dtype: torch.dtype) -> Tensor:
-    """softmax(scores) @ value; the scores are overwritten."""
+def _blocks_of_rows(
+    call: CheckedCall, request: int, rows: range, num_keys: int, block_rows: int
+) -> Iterator[tuple[range, range, list[range]]]:
+    """Blocks of rows, the keys that some of each may see, and those of them that not all may."""
+    low, high = call.visible(request)
+    for start in range(rows.start, rows.stop, block_rows):
+        block = range(start, min(start + block_rows, rows.stop))
+        keys = range(max(0, block.start + low), min(num_keys, block.stop + high))
+        yield block, keys, list(_partly_visible(call, block, keys, low, high))
+
+
+def _weighted_sum(scores: Tensor, value: Tensor, dtype: torch.dtype, out: Tensor) -> None:
+    """out = softmax(scores) @ value; the scores are overwritten."""
     if dtype == torch.bfloat16 and settings.float32_scores:
         # as the NPU: weights are rounded before the product, their sum is not
         weights = scores.sub_(scores.amax(-1, keepdim=True)).exp_()
         total = weights.sum(-1, keepdim=True)
         bits = weights.view(torch.int32)  # to bfloat16, ties away from zero
         bits.add_(1 << 15).bitwise_and_(-1 << 16)
-        return torch.mm(weights, value).div_(total)
-    return torch.mm(torch.softmax(scores, -1, out=scores), value)
+        torch.mm(weights, value, out=out).div_(total)
+    else:
+        torch.mm(torch.softmax(scores, -1, out=scores), value, out=out)
 
 
 def _partly_visible(
