@@ -11,7 +11,12 @@ import torch
 from torch import Tensor
 
 from qwen3cp.ops.attention_call import OP, CheckedCall, check_call, check_template
-from qwen3cp.ops.attention_decode import attend_rows
+from qwen3cp.ops.attention_decode import (
+    attend_rows,
+    flash_attention,
+    follow_each_other,
+    merge_,
+)
 from qwen3cp.ops.checks import Kernel
 from qwen3cp.ops.settings import settings
 
@@ -82,9 +87,11 @@ def fused_infer_attention_score(
             continue
         is_small = len(rows) * heads <= _FEW_ROWS * kv_heads or k.shape[0] <= _FEW_KEYS
         can_flash = q.shape[2] == v.shape[2]
-        if can_flash and _is_causal(call, request) and (is_small or _has_short_heads(q)):
-            _attend_causally(q, k, v, call.scale, out, out_lse)
-            continue
+        if can_flash and _is_causal(call, request):
+            is_whole = len(q) == len(k)
+            if _has_short_heads(q) or is_small and is_whole:
+                _attend_causally(q, k, v, call.scale, out, out_lse)
+                continue
         attend = _attend_at_once if is_small and can_flash else _attend_in_blocks
         attend(call, request, rows, q, k, v, out, out_lse)
     return output, lse
@@ -146,8 +153,9 @@ def _read_pages(
     longest = max(map(len, all_blocks))
     copies: Tensor | None = None
     for blocks, length in zip(all_blocks, call.kv_lengths, strict=True):
-        first, count = blocks[0] if blocks else 0, len(blocks)
-        if blocks == list(range(first, first + count)):
+        count = len(blocks)
+        if follow_each_other(blocks):
+            first = blocks[0] if blocks else 0
             read = pages[first : first + count]
         else:
             if copies is None:  # one buffer for all: new memory costs more than what is copied
@@ -158,11 +166,11 @@ def _read_pages(
 
 
 def _is_causal(call: CheckedCall, request: int) -> bool:
-    """Whether row i sees the keys up to i, and there are as many keys as rows."""
-    length = call.q_lengths[request]
+    """Whether the rows are the last of the keys, and each sees the keys up to its own."""
+    rows, keys = call.q_lengths[request], call.kv_lengths[request]
     low, high = call.visible(request)
-    is_square = call.kv_lengths[request] == length and high == 0 and low <= 1 - length
-    return is_square and call.mask is None and call.pse_shift is None
+    is_last = high == keys - rows >= 0 and low <= 1 - rows
+    return is_last and call.mask is None and call.pse_shift is None
 
 
 def _has_short_heads(query: Tensor) -> bool:
@@ -172,19 +180,26 @@ def _has_short_heads(query: Tensor) -> bool:
 
 def _attend_causally(
     query: Tensor,  # (rows, N, D)
-    key: Tensor,  # (rows, Nkv, D)
-    value: Tensor,  # (rows, Nkv, D)
+    key: Tensor,  # (keys, Nkv, D)
+    value: Tensor,  # (keys, Nkv, D)
     scale: float,
     output: Tensor,  # (rows, N, D), written
     lse: Tensor | None,  # (rows, N, 1), written
 ) -> None:
-    """A prompt from its beginning: torch's flash attention, which rounds where the NPU rounds. The
-    heads that share keys are its batch."""
+    """The rows of the last keys: those before, which all rows see, and then each with its own."""
     q = query.unflatten(1, (key.shape[1], -1)).permute(2, 1, 0, 3)  # (G, Nkv, rows, D)
+    # the heads that share keys are the batch
     k, v = (x.transpose(0, 1).expand(q.shape[0], -1, -1, -1) for x in (key, value))
-    result, result_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        q, k, v, is_causal=True, scale=scale
+    seen_by_all = key.shape[0] - query.shape[0]
+    result, result_lse = flash_attention(
+        q, k[:, :, seen_by_all:], v[:, :, seen_by_all:], scale, is_causal=True
     )
+    if seen_by_all:
+        merge_(
+            result,
+            result_lse,
+            *flash_attention(q, k[:, :, :seen_by_all], v[:, :, :seen_by_all], scale),
+        )
     output.copy_(result.permute(2, 1, 0, 3).flatten(1, 2))
     if lse is not None:
         lse[..., 0] = result_lse.permute(2, 1, 0).flatten(1, 2)
@@ -200,7 +215,7 @@ def _attend_at_once(
     output: Tensor,  # (rows, N, D), written
     lse: Tensor | None,  # (rows, N, 1), written
 ) -> None:
-    """Few rows, or few keys: torch's flash attention, which rounds where the NPU rounds."""
+    """Few rows, or few keys."""
     num_kv_heads, head_dim = key.shape[1:]
     q = query[rows.start : rows.stop].unflatten(1, (num_kv_heads, -1))  # (rows, Nkv, G, D)
     q = q.transpose(0, 1).reshape(1, num_kv_heads, -1, head_dim)
@@ -217,13 +232,8 @@ def _attend_at_once(
             pse = _pse(call, request, rows, keys).unflatten(0, (num_kv_heads, -1))
             bias = bias + pse.transpose(1, 2).unsqueeze(0)
         bias = bias.expand(-1, -1, -1, q.shape[2] // len(rows), -1).flatten(2, 3)
-    result, result_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        q,
-        key.transpose(0, 1).unsqueeze(0),
-        value.transpose(0, 1).unsqueeze(0),
-        attn_mask=bias,
-        scale=call.scale,
-    )
+    k, v = (x.transpose(0, 1).unsqueeze(0) for x in (key, value))
+    result, result_lse = flash_attention(q, k, v, call.scale, bias=bias)
     seen = slice(rows.start, rows.stop)
     output[seen] = result[0].unflatten(1, (len(rows), -1)).transpose(0, 1).flatten(1, 2)
     if lse is not None:
@@ -263,15 +273,14 @@ def _attend_in_blocks(
 
     for head in range(num_kv_heads):
         heads = slice(head * group, (head + 1) * group)
-        q = query[rows.start : rows.stop, heads].to(dtype).flatten(0, 1)  # (rows * G, D)
         k = key[:, head].to(dtype).t().contiguous()  # (D, keys), the quicker form for a product
         v = value[:, head].to(dtype).contiguous()
-        sums = v.new_empty(q.shape[0], v.shape[1])
-        q_blocks, sum_blocks = q.split(block_rows * group), sums.split(block_rows * group)
-        for (block, keys, parts), q_block, result in zip(blocks, q_blocks, sum_blocks, strict=True):
-            scores = buffer[: len(q_block) * len(keys)].view(-1, len(keys))
+        for block, keys, parts in blocks:
+            at = slice(block.start, block.stop)
+            q = query[at, heads].to(dtype).flatten(0, 1)  # (rows * G, D)
+            scores = buffer[: len(q) * len(keys)].view(-1, len(keys))
             k_seen, v_seen = k[:, keys.start : keys.stop], v[keys.start : keys.stop]
-            torch.addmm(scores, q_block, k_seen, beta=0, alpha=call.scale, out=scores)
+            torch.addmm(scores, q, k_seen, beta=0, alpha=call.scale, out=scores)
             by_row = scores.view(-1, group, len(keys))
             if call.pse_shift is not None:
                 by_row += _pse(call, request, block, keys)[heads].transpose(0, 1)
@@ -281,12 +290,11 @@ def _attend_in_blocks(
                 if masked is not None:
                     hidden = by_row.narrow(2, part.start - keys.start, len(part))
                     hidden.masked_fill_(masked.unsqueeze(1), torch.finfo(dtype).min)
-            block_lse = None if lse is None else lse[block.start : block.stop, heads]
-            if block_lse is not None:
-                block_lse[..., 0] = scores.float().logsumexp(-1).view(-1, group)
-            _weighted_sum(scores, v_seen, query.dtype, out=result)
-            _zero_masked_rows(call, masked, result.view(len(block), group, -1), block_lse)
-        output[rows.start : rows.stop, heads] = sums.view(len(rows), group, -1)
+            out, out_lse = output[at, heads], None if lse is None else lse[at, heads]
+            if out_lse is not None:
+                out_lse[..., 0] = scores.float().logsumexp(-1).view(-1, group)
+            out.copy_(_weighted_sum(scores, v_seen, query.dtype).view_as(out))
+            _zero_masked_rows(call, masked, out, out_lse)
 
 
 def _blocks_of_rows(
@@ -300,17 +308,16 @@ def _blocks_of_rows(
         yield block, keys, list(_partly_visible(call, block, keys, low, high))
 
 
-def _weighted_sum(scores: Tensor, value: Tensor, dtype: torch.dtype, out: Tensor) -> None:
-    """out = softmax(scores) @ value; the scores are overwritten."""
+def _weighted_sum(scores: Tensor, value: Tensor, dtype: torch.dtype) -> Tensor:
+    """softmax(scores) @ value; the scores are overwritten."""
     if dtype == torch.bfloat16 and settings.float32_scores:
         # as the NPU: weights are rounded before the product, their sum is not
         weights = scores.sub_(scores.amax(-1, keepdim=True)).exp_()
         total = weights.sum(-1, keepdim=True)
         bits = weights.view(torch.int32)  # to bfloat16, ties away from zero
         bits.add_(1 << 15).bitwise_and_(-1 << 16)
-        torch.mm(weights, value, out=out).div_(total)
-    else:
-        torch.mm(torch.softmax(scores, -1, out=scores), value, out=out)
+        return torch.mm(weights, value).div_(total)
+    return torch.mm(torch.softmax(scores, -1, out=scores), value)
 
 
 def _partly_visible(

@@ -20,6 +20,37 @@ _STACK_BYTES = 1 << 21
 _LEAST_FULL = 0.75
 
 
+def flash_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    *,
+    bias: Tensor | None = None,
+    is_causal: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """torch's flash attention, which rounds where the NPU rounds.
+
+    Args:
+        query: [B, heads, rows, D], as many heads as keys have.
+        key, value: [B, heads, L, D].
+        bias: added to the scores, [B, 1 or heads, rows, L].
+        is_causal: whether row i sees the keys up to i.
+
+    Returns:
+        The output, as query, and the log-sum-exp, float32 [B, heads, rows].
+    """
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        query, key, value, is_causal=is_causal, attn_mask=bias, scale=scale
+    )
+
+
+def follow_each_other(blocks: Sequence[int]) -> bool:
+    """Whether a view of the cache has these blocks."""
+    first = blocks[0] if blocks else 0
+    return list(blocks) == list(range(first, first + len(blocks)))
+
+
 def attend_rows(
     query: Tensor,
     key: Tensor,
@@ -48,7 +79,7 @@ def attend_rows(
     for first, end, count in _shared(blocks, lengths, block_size):
         keys, values, _ = caches.read([blocks[first][:count]], [count * block_size])
         rows = grouped[first:end].transpose(0, 1).flatten(1, 2).unsqueeze(0)
-        parts = _attend(rows, keys, values, None, scale)
+        parts = flash_attention(rows, keys, values, scale)
         parts = (x[0].unflatten(1, (end - first, -1)).transpose(0, 1).flatten(1, 2) for x in parts)
         shared.append((slice(first, end), *parts))
         start[first:end] = [count * block_size] * (end - first)
@@ -58,14 +89,16 @@ def attend_rows(
         own = [blocks[row][start[row] // block_size :] for row in rows]
         keys, values, bias = caches.read(own, [left[row] for row in rows])
         at = slice(rows[0], rows[0] + 1) if len(rows) == 1 else torch.tensor(rows)
-        out, out_lse = _attend(grouped[at], keys, values, bias, scale)
+        if bias is not None:
+            bias = bias.expand(-1, -1, grouped.shape[2], -1)
+        out, out_lse = flash_attention(grouped[at], keys, values, scale, bias=bias)
         output[at], lse[at] = out.flatten(1, 2), out_lse.flatten(1, 2)
 
     for seen, out, out_lse in shared:
         for row in range(seen.start, seen.stop):
             if left[row] == 0:
                 output[row], lse[row] = 0.0, -torch.inf
-        _merge_(output[seen], lse[seen], out, out_lse)
+        merge_(output[seen], lse[seen], out, out_lse)
 
 
 def _shared(
@@ -123,9 +156,8 @@ class _Caches:
         """
         longest = max(lengths)
         used = [b[: -(-n // self.block_size)] for b, n in zip(blocks, lengths, strict=True)]
-        first = used[0][0]
-        if len(used) == 1 and list(used[0]) == list(range(first, first + len(used[0]))):
-            begin = first * self.block_size
+        if len(used) == 1 and follow_each_other(used[0]):
+            begin = used[0][0] * self.block_size
             keys, values = (rows[begin : begin + longest] for rows in self._rows)
             return self._heads(keys, 1), self._heads(values, 1), None
 
@@ -153,18 +185,7 @@ class _Caches:
         ).transpose(1, 2)
 
 
-def _attend(
-    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor]:
-    """torch's flash attention, which rounds where the NPU rounds: (output, log-sum-exp)."""
-    if bias is not None:
-        bias = bias.expand(-1, -1, query.shape[2], -1)
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        query, key, value, attn_mask=bias, scale=scale
-    )
-
-
-def _merge_(output: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> None:
+def merge_(output: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> None:
     """Makes of the attention to some keys that to those of the other as well, in float32."""
     total = torch.logaddexp(lse, other_lse)
     weight, other_weight = ((x - total).exp_().unsqueeze(-1) for x in (lse, other_lse))

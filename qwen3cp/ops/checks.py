@@ -6,7 +6,6 @@ make the same ones. What can be checked only with the data in hand is checked by
 
 from collections.abc import Callable, Iterator
 from functools import wraps
-from itertools import repeat
 from typing import NamedTuple, ParamSpec, TypeVar
 
 import torch
@@ -105,5 +104,8 @@ def row_blocks(x: Tensor, *others: Tensor, dim: int = 0) -> Iterator[tuple[Tenso
         return iter([(x, *others)])
     rows = x.shape[dim]
     step = max(1, _BLOCK_ELEMENTS * rows // x.numel())
-    runs = (repeat(each) if each.shape[dim] == 1 else each.split(step, dim) for each in others)
-    return zip(x.split(step, dim), *runs, strict=False)
+    runs = x.split(step, dim)
+    of_others = (
+        [each] * len(runs) if each.shape[dim] == 1 else each.split(step, dim) for each in others
+    )
+    return zip(runs, *of_others, strict=True)
