@@ -18,7 +18,7 @@ from lm_eval._cli.run import Run
 from lm_eval.config.evaluate_config import EvaluatorConfig
 
 from qwen3cp.errors import InputError
-from qwen3cp.options import load_tokenizer
+from qwen3cp.options import load_config, load_tokenizer
 
 if TYPE_CHECKING:
     from lm_eval.api.group import Group
@@ -125,9 +125,9 @@ class Arguments:
         Raises:
             InputError: unknown tasks, missing data, arguments that do not fit.
         """
-        from lm_eval.models.utils import normalize_gen_kwargs
+        from lm_eval.models.utils import resolve_max_length
 
-        from qwen3cp.eval.lm import checked_generation
+        from qwen3cp.eval.lm import MAX_GEN_TOKS, checked_generation, read_gen_kwargs
         from qwen3cp.eval.tasks import check_tasks, new_task_manager
 
         config = self.config
@@ -151,9 +151,12 @@ class Arguments:
                 )
             if task.OUTPUT_TYPE == "generate_until":
                 own = task.config.generation_kwargs or {}
-                kwargs = dict(normalize_gen_kwargs({**own, **(config.gen_kwargs or {})}))
-                for handled in ("until", "max_gen_toks", "max_length"):
-                    kwargs.pop(handled, None)
+                longest = self.model_args.get("max_length")
+                kwargs, *_ = read_gen_kwargs(
+                    {**own, **(config.gen_kwargs or {})},
+                    self.model_args.get("max_gen_toks", MAX_GEN_TOKS),
+                    longest if isinstance(longest, int) else resolve_max_length(load_config(model)),
+                )
                 checked_generation(kwargs)
         if config.apply_chat_template and not load_tokenizer(model).chat_template:
             raise InputError(

@@ -60,6 +60,7 @@ logger = logging.getLogger("qwen3cp")
 MAX_ROWS = 256
 """Documents in the batch with batch_size=auto, if the cache has room for so many."""
 PREFILL_TOKENS = 4096
+MAX_GEN_TOKS = 256
 NPU_MEMORY = 0.8
 """Of what the loaded model leaves free on an NPU, the share that the cache takes."""
 CPU_BYTES = 1 << 30
@@ -197,7 +198,7 @@ class CPQwen3LM(_HFLM):
         add_bos_token: bool | None = None,
         prefix_token_id: int | None = None,
         max_length: int | None = None,
-        max_gen_toks: int = 256,
+        max_gen_toks: int = MAX_GEN_TOKS,
         batch_size: int | str = "auto",
         max_batch_size: int | None = None,
         cache_tokens: int | None = None,
@@ -561,15 +562,9 @@ class CPQwen3LM(_HFLM):
             context, gen_kwargs = cast(Any, request.args)
             key = json.dumps(gen_kwargs, sort_keys=True, default=str)
             if key not in settings:
-                kwargs: dict[str, Any] = dict(normalize_gen_kwargs(gen_kwargs, self.max_gen_toks))
-                kwargs.pop("until")
-                most = kwargs.pop("max_gen_toks")
-                if not 0 < most < self.max_length:
-                    raise InputError(
-                        f"max_gen_toks={most} leaves no room for a prompt: the model allows "
-                        f"{self.max_length} tokens in all (max_length)"
-                    )
-                whole = kwargs.pop("max_length", None)
+                kwargs, most, whole = read_gen_kwargs(
+                    gen_kwargs, self.max_gen_toks, self.max_length
+                )
                 known.append(_Setting(until=tuple(self._until(gen_kwargs)), kwargs=kwargs))
                 _Rule(self, known[-1])
                 settings[key] = (len(known) - 1, most, whole)
@@ -822,9 +817,35 @@ class _Progress:
             self._bar.update()
 
 
+def read_gen_kwargs(
+    gen_kwargs: dict[str, Any], max_gen_toks: int, max_length: int
+) -> tuple[dict[str, Any], int, int | None]:
+    """A task's arguments for generation, of which `checked_generation` has not seen the first yet:
+    (those for transformers, the new tokens, the tokens with the prompt's if they are limited).
+
+    Args:
+        max_gen_toks: new tokens, where the arguments do not say how many.
+        max_length: tokens that the model allows, a prompt and its answer.
+
+    Raises:
+        InputError: numbers that are none, or that leave no token to a prompt.
+    """
+    try:
+        kwargs: dict[str, Any] = dict(normalize_gen_kwargs(gen_kwargs, max_gen_toks))
+    except (TypeError, ValueError) as error:
+        raise InputError(f"gen_kwargs: {error}") from error
+    kwargs.pop("until")
+    most = kwargs.pop("max_gen_toks")
+    if not 0 < most < max_length:
+        raise InputError(
+            f"max_gen_toks={most} leaves no room for a prompt: the model allows {max_length} "
+            "tokens in all (max_length)"
+        )
+    return kwargs, most, kwargs.pop("max_length", None)
+
+
 def checked_generation(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """What transformers' generation is to be told, of what `normalize_gen_kwargs` makes of a task's
-    arguments, stop strings and lengths apart.
+    """What transformers' generation is to be told, of the first that `read_gen_kwargs` returns.
 
     Raises:
         InputError: an argument that does not exist, or that continuous batching cannot honour.

@@ -80,6 +80,12 @@ ERRORS = {
     "cp": ([*RUN[4:], "--cp", "0"], "--cp must be positive"),
     "int8": ([*RUN[4:], "--int8", "never"], "--int8 must be one of"),
     "cache": ([*RUN[4:], "--cache-tokens", "0"], "--cache-tokens"),
+    "room": ([*RUN[4:], "--gen_kwargs", "max_gen_toks=99999"], "leaves no room for a prompt"),
+    "room given": (
+        [*RUN[4:], "--model_args", "max_length=50"],
+        "max_gen_toks=64 leaves no room for a prompt: the model allows 50 tokens",
+    ),
+    "no number of tokens": ([*RUN[4:], "--gen_kwargs", "max_gen_toks=many"], "gen_kwargs"),
     "device": ([*RUN[4:], "--device", "cuda:3"], "device must be cpu or npu"),
 }
 
