@@ -412,6 +412,10 @@ def test_times_of_int8_sums():
     for num_ranks, limit in zip((2, 4, 8), limits, strict=True):
         pays_below = (num_ranks - 1) / num_ranks * memory / (3.5 + 2.5 / num_ranks)
         assert pays_below / 1e9 == pytest.approx(float(limit), abs=0.6)
+    (limits,) = re.findall(r"pays below (\d+), (\d+) and (\d+) GB/s", text)
+    for num_ranks, limit in zip((2, 4, 8), limits, strict=True):
+        pays_below = (num_ranks - 1) / num_ranks * memory / (23.5 + 6.5 / num_ranks)
+        assert pays_below / 1e9 == pytest.approx(float(limit), abs=0.6)
 
 
 def test_accuracy_of_int8_communication_is_what_was_measured(monkeypatch):

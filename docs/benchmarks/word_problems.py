@@ -4,9 +4,9 @@
 
 Runs lm-eval's task `word_problems` through lm-eval's own `hf` model and through `qwen3cp eval`,
 float32, greedy, and prints a table: right answers by kind of problem, and what changed against
-transformers, document by document. On two cores it takes about a quarter of an hour. Runs that the folder
-already holds are not made again. The table of docs/evaluation.md is made from word_problems.json
-beside this file.
+transformers, document by document. On two cores it takes about a quarter of an hour. Runs that the
+folder already holds are not made again. The table of docs/evaluation.md is made from
+word_problems.json beside this file.
 """
 
 from __future__ import annotations
