@@ -366,10 +366,13 @@ def whole(query, key, value, keep, scale):
     return output.flatten(1, 2), scores.logsumexp(-1).flatten(0, 1).t()
 
 
-@pytest.mark.parametrize("mode, pre, post", [(0, 0, 0), (3, 0, 0), (4, 40, 0), (4, 5, 300)])
-def test_more_rows_than_fit_a_block(mode, pre, post):
+@pytest.mark.parametrize("dim", [64, 128])  # of the longer heads causal rows go in blocks, too
+@pytest.mark.parametrize(
+    "mode, pre, post", [(0, 0, 0), (3, 0, 0), (4, 40, 0), (4, 698, 0), (4, 699, 0), (4, 5, 300)]
+)
+def test_more_rows_than_fit_a_block(mode, pre, post, dim):
     q, kv = 600, 700
-    tensors, options = packed_call([q], [kv])
+    tensors, options = packed_call([q], [kv], dim=dim)
     options |= {"sparse_mode": mode, "pre_tokens": pre, "next_tokens": post}
     if mode == 0:
         del options["atten_mask"]
