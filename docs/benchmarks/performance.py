@@ -5,7 +5,8 @@
 
 Makes a random Qwen3-MoE of 324 million parameters (random-324m.json), measures it in steps, each in
 processes of its own with one core a rank, writes performance.json beside this file, and puts the
-tables into docs/performance.md and README.md. Takes about half an hour on two quiet cores.
+tables into docs/performance.md and README.md. Takes about three quarters of an hour on two quiet
+cores.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ BENCH: dict[str, list[str]] = {
         "--no-parts",
     ],
     "tp": ["--prompt-tokens=8192", "--new-tokens=8", "--tp=1,2", "--copies=2"],
+    "memory": ["--prompt-tokens=16384", "--new-tokens=0", "--cp=1,2", "--no-parts"],
 }
 """Steps that are runs of `qwen3cp bench`, and their arguments."""
 STEPS = ("limits", *BENCH, "attention", "accuracy", "overlap")
@@ -93,7 +95,7 @@ def measure(step: str, model: Path, part: Path, repeats: int, shrink: int) -> No
         arguments = [shrunk(argument, shrink) for argument in BENCH[step]]
         # glibc keeps freed blocks of up to 32 MiB for later, unless it is told from which size on
         # to give them back: the peak of memory is to be what is in use at a time.
-        environment = {"MALLOC_MMAP_THRESHOLD_": str(1 << 24)} if step == "cp" else {}
+        environment = {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)} if step == "memory" else {}
         run(
             "bench",
             str(model),
@@ -582,7 +584,7 @@ def scaling_table(results: dict[str, Any]) -> str:
 
 
 def memory_table(results: dict[str, Any]) -> str:
-    run = results["cp"]
+    run = results["memory"]
     (prompt,) = prompts_of(run)
     rows, most = [], []
     for way, name in ((ONE, "cp=1"), ("cp=2 tp=1 bfloat16", "cp=2")):
