@@ -820,8 +820,9 @@ class _Progress:
 def read_gen_kwargs(
     gen_kwargs: dict[str, Any], max_gen_toks: int, max_length: int
 ) -> tuple[dict[str, Any], int, int | None]:
-    """A task's arguments for generation, of which `checked_generation` has not seen the first yet:
-    (those for transformers, the new tokens, the tokens with the prompt's if they are limited).
+    """A task's arguments: (those for transformers' generation, new tokens, max_length or None).
+
+    The first are for `checked_generation` to check; the last limits prompt and answer together.
 
     Args:
         max_gen_toks: new tokens, where the arguments do not say how many.

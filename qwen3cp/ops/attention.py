@@ -87,7 +87,7 @@ def fused_infer_attention_score(
             continue
         is_small = len(rows) * heads <= _FEW_ROWS * kv_heads or k.shape[0] <= _FEW_KEYS
         can_flash = q.shape[2] == v.shape[2]
-        if can_flash and _is_causal(call, request):
+        if can_flash and len(q) > 1 and _is_causal(call, request):
             is_whole = len(q) == len(k)
             if _has_short_heads(q) or is_small and is_whole:
                 _attend_causally(q, k, v, call.scale, out, out_lse)
