@@ -127,8 +127,8 @@ SOURCES = {
     "the dtype of a sum": Edit(
         "npu_add_rms_norm",
         "norm.py",
-        "return x1.new_empty(x1.shape), rstd, x1.new_empty(x1.shape)",
-        "return x1.new_empty(x1.shape), rstd, x1.new_empty(x1.shape, dtype=torch.float32)",
+        "_new_rstd(x1, gamma), x1.new_empty(x1.shape)",
+        "_new_rstd(x1, gamma), x1.new_empty(x1.shape, dtype=torch.float32)",
     ),
 }
 
