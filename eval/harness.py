@@ -18,7 +18,7 @@ from lm_eval._cli.run import Run
 from lm_eval.config.evaluate_config import EvaluatorConfig
 
 from qwen3cp.errors import InputError
-from qwen3cp.options import load_config, load_tokenizer
+from qwen3cp.options import load_tokenizer
 
 if TYPE_CHECKING:
     from lm_eval.api.group import Group
@@ -129,6 +129,7 @@ class Arguments:
 
         from qwen3cp.eval.lm import MAX_GEN_TOKS, checked_generation, read_gen_kwargs
         from qwen3cp.eval.tasks import check_tasks, new_task_manager
+        from qwen3cp.weights import read_config
 
         config = self.config
         manager = new_task_manager(
@@ -144,6 +145,9 @@ class Arguments:
         for name in config.samples or {}:
             if name not in tasks:
                 raise InputError(f"--samples names {name!r}, which is not a task of this run")
+        longest = self.model_args.get("max_length")
+        if not isinstance(longest, int):  # what is neither a number nor left out, the model refuses
+            longest = resolve_max_length(read_config(model))
         for name, task in tasks.items():
             if getattr(task, "UNSAFE_CODE", False) and not config.confirm_run_unsafe_code:
                 raise InputError(
@@ -151,11 +155,10 @@ class Arguments:
                 )
             if task.OUTPUT_TYPE == "generate_until":
                 own = task.config.generation_kwargs or {}
-                longest = self.model_args.get("max_length")
                 kwargs, *_ = read_gen_kwargs(
                     {**own, **(config.gen_kwargs or {})},
                     self.model_args.get("max_gen_toks", MAX_GEN_TOKS),
-                    longest if isinstance(longest, int) else resolve_max_length(load_config(model)),
+                    longest,
                 )
                 checked_generation(kwargs)
         if config.apply_chat_template and not load_tokenizer(model).chat_template:

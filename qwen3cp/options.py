@@ -21,7 +21,7 @@ import typer
 from qwen3cp.errors import CheckpointError, InputError, ParallelConfigError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase, Qwen3MoeConfig
+    from transformers import PreTrainedTokenizerBase
 
     from qwen3cp.model import CPQwen3MoeForCausalLM
     from qwen3cp.parallel import CommConfig, ParallelContext
@@ -31,7 +31,6 @@ __all__ = [
     "check_plot",
     "dtype_name",
     "find_model",
-    "load_config",
     "load_model",
     "load_tokenizer",
     "moe_form",
@@ -215,15 +214,6 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(model)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{model} has no tokenizer that loads: {error}") from error
-
-
-def load_config(model: str) -> Qwen3MoeConfig:
-    from transformers import Qwen3MoeConfig
-
-    try:
-        return Qwen3MoeConfig.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{model} has no config that loads: {error}") from error
 
 
 def find_model(name: str) -> None:

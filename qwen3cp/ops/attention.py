@@ -11,12 +11,7 @@ import torch
 from torch import Tensor
 
 from qwen3cp.ops.attention_call import OP, CheckedCall, check_call, check_template
-from qwen3cp.ops.attention_decode import (
-    attend_rows,
-    flash_attention,
-    follow_each_other,
-    merge_,
-)
+from qwen3cp.ops.attention_decode import attend_rows, flash_attention, merge_, run_of
 from qwen3cp.ops.checks import Kernel
 from qwen3cp.ops.settings import settings
 
@@ -153,14 +148,13 @@ def _read_pages(
     longest = max(map(len, all_blocks))
     copies: Tensor | None = None
     for blocks, length in zip(all_blocks, call.kv_lengths, strict=True):
-        count = len(blocks)
-        if follow_each_other(blocks):
-            first = blocks[0] if blocks else 0
-            read = pages[first : first + count]
+        run = run_of(blocks)
+        if run is not None:
+            read = pages[run]
         else:
             if copies is None:  # one buffer for all: new memory costs more than what is copied
                 copies = pages.new_empty(longest, *pages.shape[1:])
-            read = copies[:count]
+            read = copies[: len(blocks)]
             torch.index_select(pages, 0, torch.tensor(blocks, device=cache.device), out=read)
         yield read.flatten(0, 1)[:length]
 

@@ -45,10 +45,11 @@ def flash_attention(
     )
 
 
-def follow_each_other(blocks: Sequence[int]) -> bool:
-    """Whether a view of the cache has these blocks."""
+def run_of(blocks: Sequence[int]) -> slice | None:
+    """The part of the cache that these blocks are, if they follow each other."""
     first = blocks[0] if blocks else 0
-    return list(blocks) == list(range(first, first + len(blocks)))
+    end = first + len(blocks)
+    return slice(first, end) if list(blocks) == list(range(first, end)) else None
 
 
 def attend_rows(
@@ -156,8 +157,9 @@ class _Caches:
         """
         longest = max(lengths)
         used = [b[: -(-n // self.block_size)] for b, n in zip(blocks, lengths, strict=True)]
-        if len(used) == 1 and follow_each_other(used[0]):
-            begin = used[0][0] * self.block_size
+        run = run_of(used[0]) if len(used) == 1 else None
+        if run is not None:
+            begin = run.start * self.block_size
             keys, values = (rows[begin : begin + longest] for rows in self._rows)
             return self._heads(keys, 1), self._heads(values, 1), None
 
